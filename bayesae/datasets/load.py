@@ -1,0 +1,102 @@
+"""`load`: a data set by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from bayesae.datasets.idx import IdxSource
+from bayesae.errors import DataError
+
+__all__ = ["NAMES", "load"]
+
+Split: TypeAlias = Literal["train", "test"]
+
+_IDX = {
+    "mnist": IdxSource(
+        "MNIST",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        {
+            "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+    ),
+    "fashion-mnist": IdxSource(
+        "FashionMNIST",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+        {
+            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+    ),
+    "kmnist": IdxSource(
+        "KMNIST",
+        "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+        {
+            "train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+            "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+            "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+            "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134",
+        },
+    ),
+}
+NAMES = ("digits", *_IDX)
+"""Names that `load` knows."""
+
+
+def load(
+    name: str = "digits", *, split: Split | Sequence[Split] = "train", labels: bool = False
+) -> Tensor | tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+    """Load images by name, as float32 in [0, 1].
+
+    ``digits`` comes with scikit-learn: 1,797 images of 8 x 8, of which a fixed random fifth (359) is the test
+    split. The others are 60,000 + 10,000 images of 28 x 28, read from gzip'd idx files under ``$BAYESAE_DATA`` as
+    they are, or downloaded once to a cache folder.
+
+    Args:
+        name: One of `NAMES`.
+        split: "train", "test", or a sequence of them.
+        labels: Give (images, labels) for every split in place of images.
+
+    Returns:
+        Images (N, 1, height, width), or (images, labels) with labels (N,) int64; a tuple of these if ``split`` is a
+        sequence.
+
+    Raises:
+        DataError: If the name or split is unknown, or a file is neither here nor can be downloaded.
+
+    Example:
+        >>> train, test = load("digits", split=("train", "test"))
+        >>> tuple(train.shape), tuple(test.shape)
+        ((1438, 1, 8, 8), (359, 1, 8, 8))
+    """
+    if not isinstance(split, str):
+        return tuple(load(name, split=one, labels=labels) for one in split)  # pyright: ignore[reportReturnType]
+    if name not in NAMES or split not in ("train", "test"):
+        raise DataError(f"a name of {NAMES} and a split 'train' or 'test'", f"{name!r}, {split!r}", "See load().")
+    if name == "digits":
+        images, targets = _digits(split)
+    else:
+        images = torch.from_numpy(_IDX[name].read(split, "images").copy()).float() / 255
+        targets = torch.from_numpy(_IDX[name].read(split, "labels").astype(np.int64)) if labels else None
+    images = images[:, None]
+    return images if targets is None or not labels else (images, targets)
+
+
+def _digits(split: Split) -> tuple[Tensor, Tensor]:
+    bunch = load_digits()
+    images, targets = bunch["images"], bunch["target"]
+    # a fixed permutation, as the file's order goes by writer
+    order = np.random.RandomState(0).permutation(len(images))
+    n_test = len(images) // 5
+    chosen = order[n_test:] if split == "train" else order[:n_test]
+    return torch.as_tensor(images[chosen] / 16, dtype=torch.float32), torch.as_tensor(targets[chosen].astype(np.int64))

@@ -1,0 +1,170 @@
+"""`Draws` and `Moments`: what a predictive returns and every score and objective reduces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bayesae.errors import DataError, UnsupportedError
+from bayesae.types import Likelihood
+
+__all__ = ["Draws", "Moments", "concatenate_rows", "logmeanexp_over_latents", "logmeanexp_over_weights", "mean_over_weights"]
+
+_LATENT_AXIS, _WEIGHT_AXIS = 0, 0  # of (K, S, B) and of (S, B): the axis that is reduced always comes first
+
+
+def logmeanexp_over_latents(values: Tensor) -> Tensor:
+    """Log of the mean of exponentials over code draws: (K, S, B) to (S, B)."""
+    return torch.logsumexp(values, _LATENT_AXIS) - math.log(values.shape[_LATENT_AXIS])
+
+
+def logmeanexp_over_weights(values: Tensor) -> Tensor:
+    """Log of the mean of exponentials over weight draws: (S, B) to (B,)."""
+    return torch.logsumexp(values, _WEIGHT_AXIS) - math.log(values.shape[_WEIGHT_AXIS])
+
+
+def mean_over_weights(values: Tensor) -> Tensor:
+    """Mean over weight draws: (S, B) to (B,)."""
+    return values.mean(_WEIGHT_AXIS)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Draws of codes and weights with their densities; every score and bound is a reduction of it.
+
+    Args:
+        latents: Codes, (K, S, B, Z).
+        log_likelihood: log p(x_observed | z, theta) in nats, summed over outputs, (K, S, B).
+        log_prior: log p(z), (K, S, B).
+        log_q: log q(z | x, theta), (K, S, B); None for a deterministic encoder.
+        likelihood: The likelihood that turned outputs into densities.
+        kl: KL(q(z | x) || p(z)) in closed form where known, (S, B).
+        outputs: Natural parameters, (K, S, B, \\*O); None unless they were asked for.
+    """
+
+    latents: Tensor
+    log_likelihood: Tensor
+    log_prior: Tensor
+    log_q: Tensor | None
+    likelihood: Likelihood
+    kl: Tensor | None = None
+    outputs: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log p(x, z | theta) - log q(z | x, theta), (K, S, B).
+
+        Raises:
+            UnsupportedError: If the code is deterministic, so that q has no density.
+        """
+        if self.log_q is None:
+            raise UnsupportedError(
+                "codes drawn from a distribution",
+                "a deterministic encoder (log_q is None), whose q(z | x) has no density",
+                "Use log_likelihood, or a code posterior with a density.",
+            )
+        return self.log_likelihood + self.log_prior - self.log_q
+
+    def log_evidence(self) -> Tensor:
+        """Importance-sampling estimate of log p(x | theta), (S, B); exact when q is the true posterior."""
+        return logmeanexp_over_latents(self.log_ratio)
+
+    def ess(self) -> Tensor:
+        """Effective sample size of the code draws' importance weights, in [1, K], (S, B)."""
+        log_ratio = self.log_ratio
+        return torch.exp(2 * log_ratio.logsumexp(_LATENT_AXIS) - (2 * log_ratio).logsumexp(_LATENT_AXIS))
+
+    def log_density(self) -> Tensor:
+        """log p(x | theta) of each weight draw, (S, B): what scores over weights reduce.
+
+        Returns:
+            `log_evidence` where q has a density; for a deterministic encoder log p(x | z(x), theta).
+        """
+        return logmeanexp_over_latents(self.log_likelihood) if self.log_q is None else self.log_evidence()
+
+    def without_outputs(self) -> Draws:
+        """The same draws, the large tensor let go."""
+        return replace(self, outputs=None)
+
+
+@dataclass(frozen=True)
+class Moments:
+    r"""Predictive mean and variance in data space, the variance in three parts.
+
+    .. math:: \operatorname{Var}[x] = \underbrace{\mathbb{E}[\operatorname{Var}(x \mid z, \theta)]}_{noise}
+              + \underbrace{\mathbb{E}_\theta \operatorname{Var}_z \mathbb{E}[x \mid z, \theta]}_{code}
+              + \underbrace{\operatorname{Var}_\theta \mathbb{E}_z \mathbb{E}[x \mid z, \theta]}_{weights}
+
+    Every field has the data's own shape (B, \*data). Parts from draws are the moments *of the mixture of
+    those draws* (divisor S, not S - 1), so that they add up exactly; times S / (S - 1) the weight part is
+    unbiased for the posterior's.
+
+    Args:
+        mean: Predictive mean, units of x.
+        noise: Expected noise variance, units of x squared.
+        code: Variance due to the code.
+        weights: Variance due to the weights.
+        likelihood: The likelihood in whose data space this lives.
+        standard_error: Monte-Carlo standard error of ``mean``; None where the moments are closed form.
+    """
+
+    mean: Tensor
+    noise: Tensor
+    code: Tensor
+    weights: Tensor
+    likelihood: Likelihood
+    standard_error: Tensor | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether no sampling was involved."""
+        return self.standard_error is None
+
+    @property
+    def total(self) -> Tensor:
+        """Predictive variance: the sum of the three parts."""
+        return self.noise + self.code + self.weights
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Pixel-wise log predictive density of ``x`` (B, \\*data) with these moments, (B, \\*data), in nats.
+
+        A Gaussian likelihood gives N(mean, total), a Bernoulli one gives Bernoulli(mean).
+        """
+        return self.likelihood.log_predictive(self.mean, self.total, x.reshape(self.mean.shape))
+
+
+Record = TypeVar("Record", Draws, Moments)
+
+
+def concatenate_rows(pieces: Sequence[Record]) -> Record:
+    """Join `Draws` or `Moments` of consecutive chunks of rows along B.
+
+    Args:
+        pieces: Records of one type, of the same number of draws.
+
+    Returns:
+        One record of that type.
+
+    Raises:
+        DataError: If there is no piece.
+    """
+    if not pieces:
+        raise DataError("at least one row", "no rows", "Give a tensor with B >= 1.")
+    axes = _ROW_AXES[type(pieces[0])]
+    joined = {
+        name: torch.cat([getattr(piece, name) for piece in pieces], axis)
+        for name, axis in axes.items()
+        if getattr(pieces[0], name) is not None
+    }
+    return replace(pieces[0], **joined)
+
+
+_ROW_AXES = {
+    Draws: {"latents": 2, "log_likelihood": 2, "log_prior": 2, "log_q": 2, "kl": 1, "outputs": 2},
+    Moments: {"mean": 0, "noise": 0, "code": 0, "weights": 0, "standard_error": 0},
+}

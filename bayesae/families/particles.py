@@ -1,0 +1,69 @@
+"""Weighted equally: a few sets of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from bayesae.errors import ShapeError
+from bayesae.functional import check_finite, n_draws
+from bayesae.types import Params
+
+__all__ = ["Particles"]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """q(theta): M sets of weights, each with probability 1 / M; a point estimate is one particle.
+
+    Args:
+        atoms: Every parameter, leaves (M, \\*shape).
+        is_linearised: False: particles are networks, and are run as such.
+        info: What the fit had to say, by name.
+
+    Raises:
+        ShapeError: If leaves differ in M, or M is 0.
+        NonFiniteError: If a weight is not finite.
+    """
+
+    atoms: Params
+    is_linearised: bool = False
+    info: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in self.atoms.values()}
+        if len(counts) != 1 or 0 in counts:
+            raise ShapeError("leaves (M, *shape) with one M >= 1", f"M of {sorted(counts)}", "Stack the networks.")
+        check_finite(self.atoms, "weights", "Did the training diverge?")
+
+    @property
+    def n_atoms(self) -> int | None:
+        """M."""
+        return n_draws(self.atoms)
+
+    @property
+    def mean(self) -> Params:
+        """Average weights: the network itself for one particle; of an ensemble no network worth running."""
+        return {name: leaf.mean(0) for name, leaf in self.atoms.items()}
+
+    def sample(self, n: int) -> Params:
+        """Draws with leaves (S = n, \\*shape), as balanced as n allows.
+
+        Every particle comes n // M times; the remainder is drawn without replacement. n = M gives each
+        particle once, in order, and uses no random number.
+
+        Args:
+            n: Number of draws.
+
+        Returns:
+            Every parameter; one particle is expanded without a copy.
+        """
+        n_atoms = n_draws(self.atoms)
+        if n_atoms == 1:
+            return {name: leaf.expand(n, *leaf.shape[1:]) for name, leaf in self.atoms.items()}
+        order = torch.arange(n_atoms).repeat(n // n_atoms)
+        if n % n_atoms:
+            order = torch.cat([order, torch.randperm(n_atoms)[: n % n_atoms]])
+        return {name: leaf[order.to(leaf.device)] for name, leaf in self.atoms.items()}

@@ -1,0 +1,101 @@
+"""`LogJoint`: log p(D, theta), one batch at a time, with N, the mean-or-sum and the temperature settled once."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bayesae.errors import DataError, UnsupportedError
+from bayesae.functional import parameters_of
+from bayesae.types import Batch, Likelihood, Params, WeightPrior
+
+__all__ = ["IsotropicNormal", "LogJoint"]
+
+
+@dataclass(frozen=True)
+class IsotropicNormal:
+    r"""p(theta) = N(0, I / precision) over every weight and bias.
+
+    Args:
+        precision: In 1 / (units of theta) squared; a weight decay of precision / N on the mean loss.
+
+    Raises:
+        DataError: If the precision is not positive and finite.
+    """
+
+    precision: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.precision < math.inf:
+            raise DataError("a positive, finite prior precision", repr(self.precision), "1.0 is the default.")
+
+    def log_prob(self, params: Params) -> Tensor:
+        """Log-density in nats, (S,)."""
+        squares = torch.stack([(leaf**2).flatten(1).sum(1) for leaf in params.values()]).sum(0)
+        n = sum(leaf[0].numel() for leaf in params.values())
+        return 0.5 * (n * math.log(self.precision / (2 * math.pi)) - self.precision * squares)
+
+
+@dataclass(frozen=True)
+class LogJoint:
+    r"""log p(D, theta) as every weight method sees it.
+
+    .. math:: \log p(D, \theta) = \sum_{i=1}^{N} \log p(x_i \mid \theta) + \log p(\theta)
+
+    Args:
+        network: The module tree x -> outputs with its parameter names: what curvature needs.
+        likelihood: Head on the outputs.
+        per_example: Log-density of each row: draws with leaves (S, \*shape) and a batch to (S, B).
+        prior: p(theta).
+        n_data: N, rows in the whole data set.
+        temperature: T; the joint's estimate is divided by it. 1 is Bayes; below 1 is a colder posterior.
+        is_deterministic: Whether ``per_example`` gives the same value twice; Metropolis steps and evidence need it.
+    """
+
+    network: nn.Module
+    likelihood: Likelihood
+    per_example: Callable[[Params, Batch], Tensor]
+    prior: WeightPrior
+    n_data: int
+    temperature: float = 1.0
+    is_deterministic: bool = True
+
+    def estimate(self, params: Params, batch: Batch) -> Tensor:
+        """Unbiased estimate of log p(D, theta) / T from one batch, (S,), in nats.
+
+        Args:
+            params: Draws, leaves (S, \\*shape).
+            batch: B rows drawn at random.
+
+        Returns:
+            (N / B * sum of the rows' log-densities + log prior) / T.
+        """
+        rows = self.per_example(params, batch)
+        return (rows.sum(-1) * (self.n_data / len(batch.x)) + self.prior.log_prob(params)) / self.temperature
+
+    def initialise(self) -> Params:
+        """Fresh weights from the layers' own initialisation and the global generator.
+
+        Returns:
+            Every parameter in its own shape; the network itself is not touched.
+
+        Raises:
+            UnsupportedError: If a layer with parameters of its own does not know how to reset them.
+        """
+        network = copy.deepcopy(self.network)
+        for name, layer in network.named_modules():
+            if next(layer.parameters(recurse=False), None) is None:
+                continue
+            if not callable(reset := getattr(layer, "reset_parameters", None)):
+                raise UnsupportedError(
+                    "layers with reset_parameters()",
+                    f"{type(layer).__name__} {name!r} without",
+                    "Define reset_parameters on it, or train the members yourself and use families.Particles.",
+                )
+            reset()
+        return parameters_of(network)

@@ -1,0 +1,168 @@
+"""`Autoencoder`, two nets and their heads, and `Bound`, the same at given weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.functional import check_complete, check_is_evaluable, dtype_of, map_over_draws
+from bayesae.types import Likelihood, Params
+
+__all__ = ["Autoencoder", "Bound", "wrap"]
+
+
+class Autoencoder(nn.Module):
+    r"""An encoder and a decoder with a likelihood on the outputs and a prior on the code.
+
+    .. math:: z = e(x; \theta_e), \qquad p(x \mid z) = p(x \mid d(z; \theta_d)), \qquad p(z) = \mathcal{N}(0, I)
+
+    Args:
+        encoder: Maps (B, \*data) to codes (B, Z).
+        decoder: Maps codes (B, Z) to outputs (B, \*O): as many numbers as a row of data has; another shape with
+            the same number is fine (784 for 1 x 28 x 28).
+        likelihood: Turns outputs into a distribution over data.
+        is_vmappable: Whether the networks may be mapped over weight draws by ``torch.func.vmap``; False takes a
+            loop, for networks that write in place or differentiate inside.
+
+    Raises:
+        ParameterError: If the networks have no parameters.
+        ShapeError: If their parameters have several dtypes.
+        UnsupportedError: If encoder and decoder share parameters.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, *, is_vmappable: bool = True
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.likelihood = likelihood
+        self.is_vmappable = is_vmappable
+        dtype_of(self)
+        shared = {id(p) for p in encoder.parameters()} & {id(p) for p in decoder.parameters()}
+        if shared:
+            names = [name for name, value in decoder.named_parameters() if id(value) in shared]
+            raise UnsupportedError(
+                "an encoder and a decoder with weights of their own",
+                f"decoder parameters {names} tied to the encoder's",
+                "Untie them; a draw has one value per name.",
+            )
+
+    @property
+    def reference(self) -> Tensor:
+        """Any parameter: it gives device and dtype."""
+        return next(self.parameters())
+
+    @property
+    def network(self) -> nn.Sequential:
+        """The module tree x -> outputs with this model's own parameters and names, for the curvature engine."""
+        return nn.Sequential(OrderedDict(encoder=self.encoder, decoder=self.decoder))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (B, \\*O) of the plain network at its own weights."""
+        return self.decoder(self.encoder(x))
+
+    def log_prior(self, latents: Tensor) -> Tensor:
+        """log p(z) under the standard Normal: (..., Z) to (...)."""
+        return torch.distributions.Normal(0.0, 1.0, validate_args=False).log_prob(latents).sum(-1)
+
+    def at(self, params: Params) -> Bound:
+        """The model at given weights; this module's own weights do not enter and are not touched.
+
+        Args:
+            params: Every parameter by name, leaves (S, \\*shape).
+
+        Returns:
+            A bound model, whose codes and outputs have the axis S.
+        """
+        check_complete(params, self.network)
+        check_is_evaluable(self)
+        return Bound(self, params)
+
+    def live(self) -> Bound:
+        """The model at its own weights, gradients and training mode included, S = 1: for training loops."""
+        return Bound(self, None)
+
+
+class Bound:
+    """An `Autoencoder` at S weight draws (``model.at(params)``) or at its own weights (``model.live()``).
+
+    Args:
+        model: The autoencoder.
+        params: Leaves (S, \\*shape), or None for the module's own weights.
+    """
+
+    def __init__(self, model: Autoencoder, params: Params | None) -> None:
+        self.model, self.params = model, params
+        self.likelihood = model.likelihood
+
+    def log_prior(self, latents: Tensor) -> Tensor:
+        """log p(z), (..., Z) to (...)."""
+        return self.model.log_prior(latents)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Encoder outputs, (B, \\*data) to (S, B, Z).
+
+        Args:
+            x: A batch of data.
+
+        Returns:
+            Codes.
+
+        Raises:
+            ShapeError: If the network does not give one vector a row.
+        """
+        codes = self._map(self.model.encoder, "encoder", x, x_has_draws=False)
+        if codes.dim() != 3 or codes.shape[1] != len(x):
+            raise ShapeError(
+                f"codes of shape (B, Z) with B = {len(x)}",
+                f"{tuple(codes.shape[1:])} from the encoder",
+                "End the encoder in nn.Flatten() or a linear layer.",
+            )
+        return codes
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decoder outputs, (..., S, B, Z) to (..., S, B, \\*O)."""
+        lead, (n_weight_draws, n_rows, n_latents) = z.shape[:-3], z.shape[-3:]
+        flat = z.reshape(-1, n_weight_draws, n_rows, n_latents).transpose(0, 1).flatten(1, 2)
+        outputs = self._map(self.model.decoder, "decoder", flat, x_has_draws=True)
+        shape = outputs.shape[2:]
+        return outputs.unflatten(1, (-1, n_rows)).transpose(0, 1).reshape(*lead, n_weight_draws, n_rows, *shape)
+
+    def _map(self, module: nn.Module, prefix: str, x: Tensor, *, x_has_draws: bool) -> Tensor:
+        try:
+            if self.params is None:
+                return module(x[0] if x_has_draws else x)[None]
+            start = len(prefix) + 1
+            own = {name[start:]: leaf for name, leaf in self.params.items() if name.startswith(prefix + ".")}
+            return map_over_draws(module, own, x, x_has_draws, self.model.is_vmappable)
+        except RuntimeError as error:
+            if "shapes cannot be multiplied" not in str(error) and "size mismatch" not in str(error):
+                raise
+            rows = tuple(x.shape[2 if x_has_draws else 1 :])
+            raise ShapeError(
+                f"rows that the {prefix} takes",
+                f"rows of shape {rows} ({error})",
+                "Match the data's row to the first layer, and the code's size to the decoder's.",
+            ) from error
+
+
+def wrap(
+    encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, *, is_vmappable: bool = True
+) -> Autoencoder:
+    """An `Autoencoder` of copies of networks trained elsewhere, in evaluation mode; the originals stay untouched.
+
+    Args:
+        encoder: Maps (B, \\*data) to (B, Z).
+        decoder: Maps (B, Z) to (B, \\*O).
+        likelihood: As for `Autoencoder`. For ``Gaussian()`` call `estimate_noise` next: nobody has fitted it.
+        is_vmappable: As for `Autoencoder`.
+
+    Returns:
+        The autoencoder.
+    """
+    parts = copy.deepcopy((encoder, decoder, likelihood))
+    return Autoencoder(*parts, is_vmappable=is_vmappable).eval()

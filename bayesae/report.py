@@ -1,0 +1,185 @@
+"""What every recipe shares: flags, records, tables, and the tables of a page made anew from records.
+
+``python -m bayesae.report README.md`` rewrites each block between ``<!-- table: FILE.json [metrics=a,b] -->`` and
+``<!-- /table -->`` from the records in FILE.json (relative to the page), so that a number in a page always comes from
+a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bayesae.errors import DataError
+
+__all__ = ["Flags", "Record", "Records", "flags", "table", "update_page"]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of a recipe.
+
+    Args:
+        fast: A run of seconds that checks the code and not the claim.
+        full: All rows of the data in place of the recipe's subset.
+        seeds: One run each.
+        json: Where records go, or None.
+        figures: Folder of the figures, or None for none.
+    """
+
+    fast: bool
+    full: bool
+    seeds: tuple[int, ...]
+    json: Path | None
+    figures: Path | None
+
+
+def flags(doc: str | None, *, seeds: Sequence[int] = (0,), argv: Sequence[str] | None = None) -> Flags:
+    """Read the flags that all recipes understand.
+
+    Args:
+        doc: The recipe's docstring, shown by ``--help``.
+        seeds: Default seeds.
+        argv: Arguments; the command line's if None.
+
+    Returns:
+        The flags.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="a run of seconds that checks the code, not the claim")
+    parser.add_argument("--full", action="store_true", help="all rows of the data, not the recipe's subset")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="one run each")
+    parser.add_argument("--json", type=Path, help="write the records to this file")
+    parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder of the figures")
+    given = parser.parse_args(argv)
+    return Flags(given.fast, given.full, tuple(given.seeds), given.json, given.figures)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number.
+
+    Args:
+        data: Data set, or a pair of them.
+        setting: What else was varied.
+        method: What was run.
+        metric: What was measured.
+        seed: Of the run.
+        value: The number.
+    """
+
+    data: str
+    setting: str
+    method: str
+    metric: str
+    seed: int
+    value: float
+
+
+class Records:
+    """Collects records, prints them as a table and writes them as JSON."""
+
+    def __init__(self, rows: Iterable[Record] = ()) -> None:
+        self.rows = list(rows)
+
+    def add(self, *, data: str, setting: str, method: str, metric: str, seed: int, value: float) -> None:
+        """Add one number."""
+        self.rows.append(Record(data, setting, method, metric, seed, float(value)))
+
+    def mean(self, **where: str | int) -> float:
+        """Mean value of the records with these fields.
+
+        Args:
+            **where: Fields and what they must equal.
+
+        Returns:
+            The mean.
+
+        Raises:
+            DataError: If there is no such record.
+        """
+        values = [row.value for row in self.rows if all(getattr(row, key) == want for key, want in where.items())]
+        if not values:
+            raise DataError("records to average", f"none with {where}", "Check the names.")
+        return statistics.fmean(values)
+
+    def save(self, path: Path) -> None:
+        """Write a JSON list, one record a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+        path.write_text(f"[\n{lines}\n]\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Records:
+        """Read what `save` wrote."""
+        return cls(Record(**row) for row in json.loads(path.read_text()))
+
+
+def table(records: Records, metrics: Sequence[str] | None = None) -> str:
+    """A Markdown table: a row a method, a column a metric, mean and spread over seeds.
+
+    Args:
+        records: The records.
+        metrics: Columns, in this order; all, in order of appearance, if None.
+
+    Returns:
+        The table; cells are ``mean +- standard deviation`` (divisor n - 1) where there are several seeds.
+    """
+    columns = list(metrics or dict.fromkeys(row.metric for row in records.rows))
+    cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for row in records.rows:
+        if row.metric in columns:
+            cells.setdefault((row.data, row.setting, row.method), {}).setdefault(row.metric, []).append(row.value)
+    # a column that says the same in every row is left out
+    shown = [i for i in range(3) if i == 2 or len({key[i] for key in cells}) > 1]
+    header = [("data", "setting", "method")[i] for i in shown] + columns
+    body = [[key[i] for i in shown] + [_cell(values.get(c, [])) for c in columns] for key, values in cells.items()]
+    widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+    lines = [[text.ljust(w) for text, w in zip(line, widths, strict=True)] for line in [header, *body]]
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    digits = 3 if abs(mean) < 10 else 1
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+_BLOCK = re.compile(r"(<!-- table: (\S+?)(?: metrics=(\S+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def update_page(path: Path) -> bool:
+    """Rewrite the tables of a Markdown page from the records that they name.
+
+    Args:
+        path: The page.
+
+    Returns:
+        Whether anything changed.
+    """
+    old = path.read_text()
+
+    def fresh(match: re.Match[str]) -> str:
+        metrics = match[3].split(",") if match[3] else None
+        records = Records.load(path.parent / match[2])
+        return f"{match[1]}{table(records, [m.replace('_', ' ') for m in metrics] if metrics else None)}\n{match[4]}"
+
+    new = _BLOCK.sub(fresh, old)
+    path.write_text(new)
+    return new != old
+
+
+if __name__ == "__main__":
+    for page in sys.argv[1:]:
+        print(f"{page}: {'rewritten' if update_page(Path(page)) else 'unchanged'}")

@@ -1,0 +1,107 @@
+"""`Subset`: which weights are uncertain, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from bayesae.errors import ParameterError, ShapeError
+from bayesae.types import Params
+
+__all__ = ["Subset"]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A choice of weights among the parameters of a module.
+
+    Args:
+        masks: A boolean mask in the parameter's own shape, by name; parameters that are not named are not
+            chosen. Their order is the order of `ravel`.
+    """
+
+    masks: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module, patterns: Sequence[str] = ("**",)) -> Subset:
+        """Choose the trainable parameters whose name matches one of the patterns.
+
+        Args:
+            module: Gives names and ``requires_grad``.
+            patterns: Shell patterns on dotted names: ``"decoder.**"`` is everything below the decoder,
+                ``"*.bias"`` every bias.
+
+        Returns:
+            The subset.
+
+        Raises:
+            ParameterError: If a pattern chooses nothing.
+        """
+        trainable = [name for name, value in module.named_parameters() if value.requires_grad]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in trainable):
+                raise ParameterError(
+                    "patterns that choose a trainable parameter", f"{pattern!r}", f"Names are {trainable}."
+                )
+        chosen = [name for name in trainable if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        shapes = dict(module.named_parameters())
+        return cls({name: torch.ones(shapes[name].shape, dtype=torch.bool) for name in chosen})
+
+    def check(self, params: Params) -> None:
+        """Raise unless every mask belongs to a parameter and has its shape.
+
+        Args:
+            params: Parameters in their own shapes.
+
+        Raises:
+            ParameterError: If a name is unknown, or nothing is chosen.
+            ShapeError: If a mask has another shape.
+        """
+        unknown = self.masks.keys() - params.keys()
+        if unknown or not self.masks:
+            raise ParameterError(
+                f"masks for some of {sorted(params)}", f"unknown names {sorted(unknown)}", "See Subset.of."
+            )
+        for name, mask in self.masks.items():
+            if mask.shape != params[name].shape or mask.dtype != torch.bool:
+                raise ShapeError(
+                    f"a boolean mask of shape {tuple(params[name].shape)} for {name!r}",
+                    f"{mask.dtype} of shape {tuple(mask.shape)}",
+                    "Use Subset.of for whole tensors.",
+                )
+
+    def __len__(self) -> int:
+        """Number P of chosen weights."""
+        return sum(int(mask.sum()) for mask in self.masks.values())
+
+    def ravel(self, params: Params) -> Tensor:
+        """The chosen weights as one vector, leaves (..., \\*shape) to (..., P)."""
+        return torch.cat([params[name][..., mask.to(params[name].device)] for name, mask in self.masks.items()], -1)
+
+    def scatter(self, values: Tensor, onto: Params) -> Params:
+        """Put a vector of chosen weights back among all parameters; the inverse of `ravel`.
+
+        Args:
+            values: (..., P), with any leading draw axes.
+            onto: Every parameter in its own shape: what the other weights keep.
+
+        Returns:
+            Every parameter with leaves (..., \\*shape). Leaves without a chosen weight are expanded, not copied.
+
+        Raises:
+            ShapeError: If the last axis of ``values`` is not P.
+        """
+        if values.shape[-1] != len(self):
+            raise ShapeError(f"{len(self)} values", f"{values.shape[-1]}", "Ravel with the same subset.")
+        lead, start = values.shape[:-1], 0
+        full = {name: leaf.expand(*lead, *leaf.shape) for name, leaf in onto.items()}
+        for name, mask in self.masks.items():
+            stop = start + int(mask.sum())
+            leaf = full[name].clone()
+            leaf[..., mask.to(leaf.device)] = values[..., start:stop]
+            full[name], start = leaf, stop
+        return full
