@@ -1,8 +1,8 @@
 """What every recipe shares: flags, records, tables, and the tables of a page made anew from records.
 
-``python -m bayesae.report README.md`` rewrites each block between ``<!-- table: FILE.json [metrics=a,b] -->`` and
+``python -m bayesae.report README.md`` rewrites each block between ``<!-- table: FILE.json metrics=["a", "b"] -->`` and
 ``<!-- /table -->`` from the records in FILE.json (relative to the page), so that a number in a page always comes from
-a run.
+a run. The options are those of `table`, as JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from bayesae.errors import DataError
 
@@ -121,25 +122,40 @@ class Records:
         return cls(Record(**row) for row in json.loads(path.read_text()))
 
 
-def table(records: Records, metrics: Sequence[str] | None = None) -> str:
-    """A Markdown table: a row a method, a column a metric, mean and spread over seeds.
+def table(
+    records: Records,
+    *,
+    metrics: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    columns: Literal["metric", "method"] = "metric",
+) -> str:
+    """A Markdown table with mean and spread over seeds.
 
     Args:
         records: The records.
-        metrics: Columns, in this order; all, in order of appearance, if None.
+        metrics: Which metrics, in this order; all, in order of appearance, if None.
+        methods: Which methods, likewise.
+        columns: What goes across; the rest of (data, setting, method, metric) goes down, less what never varies.
 
     Returns:
-        The table; cells are ``mean +- standard deviation`` (divisor n - 1) where there are several seeds.
+        The table; cells are ``mean ± standard deviation`` (divisor n - 1) where there are several seeds.
+
+    Raises:
+        DataError: If no record is left.
     """
-    columns = list(metrics or dict.fromkeys(row.metric for row in records.rows))
+    wanted = {"metric": metrics, "method": methods}
+    rows = [row for row in records.rows if all(not w or getattr(row, k) in w for k, w in wanted.items())]
+    if not rows:
+        raise DataError("records to show", f"none of metrics {metrics} and methods {methods}", "Check the names.")
+    across = list(wanted[columns] or dict.fromkeys(getattr(row, columns) for row in rows))
+    down = [field for field in ("data", "setting", "method", "metric") if field != columns]
+    down = [field for field in down if len({getattr(row, field) for row in rows}) > 1]
     cells: dict[tuple[str, ...], dict[str, list[float]]] = {}
-    for row in records.rows:
-        if row.metric in columns:
-            cells.setdefault((row.data, row.setting, row.method), {}).setdefault(row.metric, []).append(row.value)
-    # a column that says the same in every row is left out
-    shown = [i for i in range(3) if i == 2 or len({key[i] for key in cells}) > 1]
-    header = [("data", "setting", "method")[i] for i in shown] + columns
-    body = [[key[i] for i in shown] + [_cell(values.get(c, [])) for c in columns] for key, values in cells.items()]
+    for row in rows:
+        key = tuple(getattr(row, field) for field in down)
+        cells.setdefault(key, {}).setdefault(getattr(row, columns), []).append(row.value)
+    body = [[*key, *(_cell(values.get(column, [])) for column in across)] for key, values in cells.items()]
+    header = [*down, *across]
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = [[text.ljust(w) for text, w in zip(line, widths, strict=True)] for line in [header, *body]]
     lines.insert(1, ["-" * w for w in widths])
@@ -156,7 +172,8 @@ def _cell(values: list[float]) -> str:
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-_BLOCK = re.compile(r"(<!-- table: (\S+?)(?: metrics=(\S+))? -->\n).*?(<!-- /table -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_OPTION = re.compile(r"(\w+)=(\[.*?\]|\S+)")
 
 
 def update_page(path: Path) -> bool:
@@ -171,9 +188,8 @@ def update_page(path: Path) -> bool:
     old = path.read_text()
 
     def fresh(match: re.Match[str]) -> str:
-        metrics = match[3].split(",") if match[3] else None
-        records = Records.load(path.parent / match[2])
-        return f"{match[1]}{table(records, [m.replace('_', ' ') for m in metrics] if metrics else None)}\n{match[4]}"
+        options = {key: json.loads(value) for key, value in _OPTION.findall(match[3])}
+        return f"{match[1]}{table(Records.load(path.parent / match[2]), **options)}\n{match[4]}"
 
     new = _BLOCK.sub(fresh, old)
     path.write_text(new)
