@@ -24,7 +24,6 @@ from bayesae import (
     objectives,
     ood,
     plots,
-
     weights,
 )
 from bayesae.draws import Draws, Moments
@@ -60,7 +59,6 @@ __all__ = [
     "objectives",
     "ood",
     "plots",
-    "report",
     "weights",
     "wrap",
 ]

@@ -17,7 +17,7 @@ from bayesae.types import Batch
 __all__ = ["Data", "as_rows", "batches", "count_rows"]
 
 Data: TypeAlias = Tensor | np.ndarray | Dataset | DataLoader
-"""x alone, (N, \\*data): a tensor, an array, a data set, or a loader; of (x, ...) tuples the first part is read."""
+r"""x alone, (N, \*data): a tensor, an array, a data set, or a loader; of (x, ...) tuples the first part is read."""
 
 
 def _first(item: object) -> Tensor:
@@ -36,7 +36,7 @@ def _checked(x: Tensor, like: Tensor) -> Tensor:
 
 
 def as_rows(data: Data, like: Tensor) -> Tensor:
-    """All rows as one tensor (N, \\*data) of the dtype and device of ``like``.
+    r"""All rows as one tensor (N, \*data) of the dtype and device of ``like``.
 
     Args:
         data: Anything of `Data`.

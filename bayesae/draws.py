@@ -13,7 +13,14 @@ from torch import Tensor
 from bayesae.errors import DataError, UnsupportedError
 from bayesae.types import Likelihood
 
-__all__ = ["Draws", "Moments", "concatenate_rows", "logmeanexp_over_latents", "logmeanexp_over_weights", "mean_over_weights"]
+__all__ = [
+    "Draws",
+    "Moments",
+    "concatenate_rows",
+    "logmeanexp_over_latents",
+    "logmeanexp_over_weights",
+    "mean_over_weights",
+]
 
 _LATENT_AXIS, _WEIGHT_AXIS = 0, 0  # of (K, S, B) and of (S, B): the axis that is reduced always comes first
 
@@ -35,7 +42,7 @@ def mean_over_weights(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws of codes and weights with their densities; every score and bound is a reduction of it.
+    r"""Draws of codes and weights with their densities; every score and bound is a reduction of it.
 
     Args:
         latents: Codes, (K, S, B, Z).
@@ -44,7 +51,7 @@ class Draws:
         log_q: log q(z | x, theta), (K, S, B); None for a deterministic encoder.
         likelihood: The likelihood that turned outputs into densities.
         kl: KL(q(z | x) || p(z)) in closed form where known, (S, B).
-        outputs: Natural parameters, (K, S, B, \\*O); None unless they were asked for.
+        outputs: Natural parameters, (K, S, B, \*O); None unless they were asked for.
     """
 
     latents: Tensor
@@ -57,7 +64,7 @@ class Draws:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log p(x, z | theta) - log q(z | x, theta), (K, S, B).
+        """Log p(x, z | theta) - log q(z | x, theta), (K, S, B).
 
         Raises:
             UnsupportedError: If the code is deterministic, so that q has no density.
@@ -80,7 +87,7 @@ class Draws:
         return torch.exp(2 * log_ratio.logsumexp(_LATENT_AXIS) - (2 * log_ratio).logsumexp(_LATENT_AXIS))
 
     def log_density(self) -> Tensor:
-        """log p(x | theta) of each weight draw, (S, B): what scores over weights reduce.
+        """Log p(x | theta) of each weight draw, (S, B): what scores over weights reduce.
 
         Returns:
             `log_evidence` where q has a density; for a deterministic encoder log p(x | z(x), theta).
@@ -131,9 +138,13 @@ class Moments:
         return self.noise + self.code + self.weights
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Pixel-wise log predictive density of ``x`` (B, \\*data) with these moments, (B, \\*data), in nats.
+        r"""Pixel-wise log predictive density of ``x`` (B, \*data) with these moments, (B, \*data), in nats.
 
-        A Gaussian likelihood gives N(mean, total), a Bernoulli one gives Bernoulli(mean).
+        Args:
+            x: The rows that the moments were made of.
+
+        Returns:
+            Of N(mean, total) for a Gaussian likelihood, of Bernoulli(mean) for a Bernoulli one.
         """
         return self.likelihood.log_predictive(self.mean, self.total, x.reshape(self.mean.shape))
 

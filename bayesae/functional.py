@@ -29,10 +29,10 @@ def parameters_of(module: nn.Module) -> Params:
 
 
 def check_complete(params: Params, module: nn.Module) -> None:
-    """Raise unless a draw names every parameter of ``module``, no other, each of shape (S, \\*shape).
+    r"""Raise unless a draw names every parameter of ``module``, no other, each of shape (S, \*shape).
 
     Args:
-        params: Draws, leaves (S, \\*shape).
+        params: Draws, leaves (S, \*shape).
         module: The module that they are meant for.
 
     Raises:
@@ -104,17 +104,17 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def n_draws(params: Params) -> int:
-    """Number S of draws in leaves (S, \\*shape)."""
+    r"""Number S of draws in leaves (S, \*shape)."""
     return next(iter(params.values())).shape[0]
 
 
 def select_draws(params: Params, draws: slice) -> Params:
-    """Some of the draws, leaves (S', \\*shape), views of the given ones."""
+    r"""Some of the draws, leaves (S', \*shape), views of the given ones."""
     return {name: leaf[draws] for name, leaf in params.items()}
 
 
 def stack_draws(draws: Sequence[Params]) -> Params:
-    """Join single parameter dictionaries into leaves (S, \\*shape)."""
+    r"""Join single parameter dictionaries into leaves (S, \*shape)."""
     return {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
 
 
@@ -136,17 +136,17 @@ def check_finite(named: Mapping[str, Tensor], what: str, fix: str) -> None:
 
 
 def map_over_draws(module: nn.Module, params: Params, x: Tensor, x_has_draws: bool, use_vmap: bool) -> Tensor:
-    """Evaluate ``module`` at every weight draw.
+    r"""Evaluate ``module`` at every weight draw.
 
     Args:
-        module: Maps (B, \\*in) to (B, \\*out).
-        params: Leaves (S, \\*shape).
-        x: (B, \\*in), or (S, B, \\*in) if ``x_has_draws``.
+        module: Maps (B, \*in) to (B, \*out).
+        params: Leaves (S, \*shape).
+        x: (B, \*in), or (S, B, \*in) if ``x_has_draws``.
         x_has_draws: Whether draw s sees its own ``x[s]``.
         use_vmap: One batched call by ``torch.func.vmap``, else a loop over draws; equal to rounding.
 
     Returns:
-        (S, B, \\*out).
+        (S, B, \*out).
     """
 
     def call(one: Params, rows: Tensor) -> Tensor:

@@ -66,10 +66,10 @@ class LogJoint:
     is_deterministic: bool = True
 
     def estimate(self, params: Params, batch: Batch) -> Tensor:
-        """Unbiased estimate of log p(D, theta) / T from one batch, (S,), in nats.
+        r"""Unbiased estimate of log p(D, theta) / T from one batch, (S,), in nats.
 
         Args:
-            params: Draws, leaves (S, \\*shape).
+            params: Draws, leaves (S, \*shape).
             batch: B rows drawn at random.
 
         Returns:

@@ -1,4 +1,7 @@
-"""How good scores and predictive distributions are: detection, likelihood, calibration, sharpness."""
+"""How good scores and predictive distributions are: detection, likelihood, calibration, sharpness.
+
+scikit-learn is imported where it is called: it takes longer to load than the rest of the library.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 
 from bayesae.errors import DataError, NonFiniteError
@@ -48,6 +50,8 @@ def auroc(familiar: Tensor, strange: Tensor) -> float:
 
     Exact when: always, as a statistic; two unit Gaussians :math:`\Delta` apart give :math:`\Phi(\Delta/\sqrt2)`.
     """
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(*_labelled(familiar, strange)))
 
 
@@ -61,6 +65,8 @@ def aupr(familiar: Tensor, strange: Tensor) -> float:
     Returns:
         In (0, 1]; chance is the share of strange rows.
     """
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(*_labelled(familiar, strange)))
 
 
@@ -75,6 +81,8 @@ def fpr_at_tpr(familiar: Tensor, strange: Tensor, tpr: float = 0.95) -> float:
     Returns:
         The smallest false-positive rate of a threshold that does so.
     """
+    from sklearn.metrics import roc_curve
+
     false_positive, true_positive, _ = roc_curve(*_labelled(familiar, strange), drop_intermediate=False)
     return float(false_positive[np.argmax(true_positive >= tpr)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ class Autoencoder(nn.Module):
         decoder: Maps codes (B, Z) to outputs (B, \*O): as many numbers as a row of data has; another shape with
             the same number is fine (784 for 1 x 28 x 28).
         likelihood: Turns outputs into a distribution over data.
-        is_vmappable: Whether the networks may be mapped over weight draws by ``torch.func.vmap``; False takes a
-            loop, for networks that write in place or differentiate inside.
+
+    Over weight draws the networks are mapped by ``torch.func.vmap``. One that does not allow it (it writes in place,
+    is recurrent, or differentiates inside) is found out by the first call and run in a loop from then on, with equal
+    results.
 
     Raises:
         ParameterError: If the networks have no parameters.
@@ -34,13 +37,11 @@ class Autoencoder(nn.Module):
         UnsupportedError: If encoder and decoder share parameters.
     """
 
-    def __init__(
-        self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, *, is_vmappable: bool = True
-    ) -> None:
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.likelihood = likelihood
-        self.is_vmappable = is_vmappable
+        self._is_vmappable = {"encoder": True, "decoder": True}
         dtype_of(self)
         shared = {id(p) for p in encoder.parameters()} & {id(p) for p in decoder.parameters()}
         if shared:
@@ -62,18 +63,18 @@ class Autoencoder(nn.Module):
         return nn.Sequential(OrderedDict(encoder=self.encoder, decoder=self.decoder))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (B, \\*O) of the plain network at its own weights."""
+        r"""Outputs (B, \*O) of the plain network at its own weights."""
         return self.decoder(self.encoder(x))
 
     def log_prior(self, latents: Tensor) -> Tensor:
-        """log p(z) under the standard Normal: (..., Z) to (...)."""
+        """Log p(z) under the standard Normal: (..., Z) to (...)."""
         return torch.distributions.Normal(0.0, 1.0, validate_args=False).log_prob(latents).sum(-1)
 
     def at(self, params: Params) -> Bound:
-        """The model at given weights; this module's own weights do not enter and are not touched.
+        r"""The model at given weights; this module's own weights do not enter and are not touched.
 
         Args:
-            params: Every parameter by name, leaves (S, \\*shape).
+            params: Every parameter by name, leaves (S, \*shape).
 
         Returns:
             A bound model, whose codes and outputs have the axis S.
@@ -88,11 +89,11 @@ class Autoencoder(nn.Module):
 
 
 class Bound:
-    """An `Autoencoder` at S weight draws (``model.at(params)``) or at its own weights (``model.live()``).
+    r"""An `Autoencoder` at S weight draws (``model.at(params)``) or at its own weights (``model.live()``).
 
     Args:
         model: The autoencoder.
-        params: Leaves (S, \\*shape), or None for the module's own weights.
+        params: Leaves (S, \*shape), or None for the module's own weights.
     """
 
     def __init__(self, model: Autoencoder, params: Params | None) -> None:
@@ -100,11 +101,11 @@ class Bound:
         self.likelihood = model.likelihood
 
     def log_prior(self, latents: Tensor) -> Tensor:
-        """log p(z), (..., Z) to (...)."""
+        """Log p(z), (..., Z) to (...)."""
         return self.model.log_prior(latents)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encoder outputs, (B, \\*data) to (S, B, Z).
+        r"""Encoder outputs, (B, \*data) to (S, B, Z).
 
         Args:
             x: A batch of data.
@@ -115,7 +116,7 @@ class Bound:
         Raises:
             ShapeError: If the network does not give one vector a row.
         """
-        codes = self._map(self.model.encoder, "encoder", x, x_has_draws=False)
+        codes = self._map("encoder", x, x_has_draws=False)
         if codes.dim() != 3 or codes.shape[1] != len(x):
             raise ShapeError(
                 f"codes of shape (B, Z) with B = {len(x)}",
@@ -125,44 +126,48 @@ class Bound:
         return codes
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decoder outputs, (..., S, B, Z) to (..., S, B, \\*O)."""
+        r"""Decoder outputs, (..., S, B, Z) to (..., S, B, \*O)."""
         lead, (n_weight_draws, n_rows, n_latents) = z.shape[:-3], z.shape[-3:]
         flat = z.reshape(-1, n_weight_draws, n_rows, n_latents).transpose(0, 1).flatten(1, 2)
-        outputs = self._map(self.model.decoder, "decoder", flat, x_has_draws=True)
+        outputs = self._map("decoder", flat, x_has_draws=True)
         shape = outputs.shape[2:]
         return outputs.unflatten(1, (-1, n_rows)).transpose(0, 1).reshape(*lead, n_weight_draws, n_rows, *shape)
 
-    def _map(self, module: nn.Module, prefix: str, x: Tensor, *, x_has_draws: bool) -> Tensor:
+    def _map(self, name: Literal["encoder", "decoder"], x: Tensor, *, x_has_draws: bool) -> Tensor:
+        model, module = self.model, self.model.get_submodule(name)
         try:
             if self.params is None:
                 return module(x[0] if x_has_draws else x)[None]
-            start = len(prefix) + 1
-            own = {name[start:]: leaf for name, leaf in self.params.items() if name.startswith(prefix + ".")}
-            return map_over_draws(module, own, x, x_has_draws, self.model.is_vmappable)
+            start = len(name) + 1
+            own = {key[start:]: leaf for key, leaf in self.params.items() if key.startswith(f"{name}.")}
+            if model._is_vmappable[name]:
+                try:
+                    return map_over_draws(module, own, x, x_has_draws, use_vmap=True)
+                except RuntimeError:  # not mappable, or wrong rows: the loop tells which
+                    result = map_over_draws(module, own, x, x_has_draws, use_vmap=False)
+                    model._is_vmappable[name] = False
+                    return result
+            return map_over_draws(module, own, x, x_has_draws, use_vmap=False)
         except RuntimeError as error:
-            if "shapes cannot be multiplied" not in str(error) and "size mismatch" not in str(error):
+            if "shapes cannot be multiplied" not in str(error):
                 raise
-            rows = tuple(x.shape[2 if x_has_draws else 1 :])
             raise ShapeError(
-                f"rows that the {prefix} takes",
-                f"rows of shape {rows} ({error})",
+                f"rows that the {name} takes",
+                f"rows of shape {tuple(x.shape[2 if x_has_draws else 1 :])} ({error})",
                 "Match the data's row to the first layer, and the code's size to the decoder's.",
             ) from error
 
 
-def wrap(
-    encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, *, is_vmappable: bool = True
-) -> Autoencoder:
-    """An `Autoencoder` of copies of networks trained elsewhere, in evaluation mode; the originals stay untouched.
+def wrap(encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood) -> Autoencoder:
+    r"""An `Autoencoder` of copies of networks trained elsewhere, in evaluation mode; the originals stay untouched.
 
     Args:
-        encoder: Maps (B, \\*data) to (B, Z).
-        decoder: Maps (B, Z) to (B, \\*O).
+        encoder: Maps (B, \*data) to (B, Z).
+        decoder: Maps (B, Z) to (B, \*O).
         likelihood: As for `Autoencoder`. For ``Gaussian()`` call `estimate_noise` next: nobody has fitted it.
-        is_vmappable: As for `Autoencoder`.
 
     Returns:
         The autoencoder.
     """
     parts = copy.deepcopy((encoder, decoder, likelihood))
-    return Autoencoder(*parts, is_vmappable=is_vmappable).eval()
+    return Autoencoder(*parts).eval()

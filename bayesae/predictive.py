@@ -79,17 +79,17 @@ class Predictive:
         chunk_size: int = _ROWS_AT_ONCE,
         keep_outputs: bool = False,
     ) -> Draws:
-        """Draw codes and weights and give every draw's log-densities.
+        r"""Draw codes and weights and give every draw's log-densities.
 
         Args:
-            x: Rows (N, \\*data).
-            mask: True where x is observed, (N, \\*data).
+            x: Rows (N, \*data).
+            mask: True where x is observed, (N, \*data).
             n_weight_draws: S; None takes all particles once, or 32 draws of a continuous posterior.
             n_latent_draws: K.
             seed: The same seed gives the same bits; the caller's generators are put back. None advances them.
             chunk_size: Network rows (K times S times data rows) in one call; changes memory, and numbers by
                 rounding only.
-            keep_outputs: Keep natural parameters (K, S, N, \\*O) too.
+            keep_outputs: Keep natural parameters (K, S, N, \*O) too.
 
         Returns:
             `Draws` over all rows.
@@ -118,13 +118,13 @@ class Predictive:
         seed: int | None = None,
         chunk_size: int | None = None,
     ) -> Moments:
-        """Predictive mean, and variance split into noise, code and weights, in data space and the data's shape.
+        r"""Predictive mean, and variance split into noise, code and weights, in data space and the data's shape.
 
         Closed form (``is_exact``) for a linearised Normal posterior with a deterministic code: no draw is made.
         Else outputs are streamed, with a Monte-Carlo standard error of the mean.
 
         Args:
-            x: Rows (N, \\*data).
+            x: Rows (N, \*data).
             mask: True where x is observed; for code posteriors that read it.
             n_weight_draws: S as in a call; only read where draws are made. Giving it asks for draws even where
                 the closed form is at hand.
@@ -154,14 +154,14 @@ class Predictive:
         return replace(moments, **shaped)
 
     def decoder(self, n_weight_draws: int | None = None, *, seed: int | None = None) -> Callable[[Tensor], Tensor]:
-        """The decoder under weight draws that are fixed once, as geometry needs it.
+        r"""The decoder under weight draws that are fixed once, as geometry needs it.
 
         Args:
             n_weight_draws: S, as in a call.
             seed: As in a call.
 
         Returns:
-            A differentiable function from codes (B, Z) to data-space means (S, B, \\*O).
+            A differentiable function from codes (B, Z) to data-space means (S, B, \*O).
         """
         with random.scope(seed, self.model.reference.device):
             params = self._draw_weights(n_weight_draws)
@@ -202,6 +202,7 @@ class Predictive:
         if not self.is_linearised:
             return self._codes(self.model.at(params), batch, n_latent_draws=n_latent_draws)
         mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
+
         def run(weights: Params) -> tuple[Tensor, Tensor]:
             draws = self._codes(self.model.at(weights), batch, n_latent_draws=n_latent_draws)
             if draws.log_q is not None or draws.outputs is None:
@@ -243,7 +244,7 @@ class _Pool:
         self.count = 0
 
     def add(self, mean: Tensor, noise: Tensor, code: Tensor) -> None:
-        """Take in draws (S', B, \\*O)."""
+        r"""Take in draws (S', B, \*O)."""
         new, n_new = (mean.mean(0), noise.mean(0), code.mean(0), mean.var(0, correction=0)), len(mean)
         if self.count == 0:
             self.mean, self.noise, self.code, self.weights = new
@@ -257,13 +258,11 @@ class _Pool:
         self.count += n_new
 
 
-def _linearise(
-    run: Callable[[Params], tuple[Tensor, ...]], mean: Params, params: Params
-) -> tuple[Tensor, ...]:
-    """First-order expansion of ``run`` around ``mean`` (leaves (1, \\*shape)), at every draw: leading axis S."""
+def _linearise(run: Callable[[Params], tuple[Tensor, ...]], mean: Params, params: Params) -> tuple[Tensor, ...]:
+    r"""First-order expansion of ``run`` around ``mean`` (leaves (1, \*shape)), at every draw: leading axis S."""
 
     def one(shift: Params) -> tuple[Tensor, ...]:
-        value, slope = torch.func.jvp(run, (mean,), (shift,))
+        value, slope = torch.func.jvp(run, (mean,), (shift,))  # pyright: ignore[reportAssignmentType] - no aux
         return tuple(v + s for v, s in zip(value, slope, strict=True))
 
     shifts = {name: (leaf - mean[name])[:, None] for name, leaf in params.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ __all__ = ["per_draw", "scope"]
 
 
 @contextmanager
-def scope(seed: int | None, device: torch.device | str = "cpu") -> Iterator[None]:
+def scope(seed: int | None, device: torch.device | str = "cpu") -> Generator[None, None, None]:
     """Run a block under ``seed`` and restore the global generators afterwards.
 
     ``torch.distributions`` takes no generator, so randomness inside the library comes from the global one;

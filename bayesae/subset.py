@@ -79,18 +79,18 @@ class Subset:
         return sum(int(mask.sum()) for mask in self.masks.values())
 
     def ravel(self, params: Params) -> Tensor:
-        """The chosen weights as one vector, leaves (..., \\*shape) to (..., P)."""
+        r"""The chosen weights as one vector, leaves (..., \*shape) to (..., P)."""
         return torch.cat([params[name][..., mask.to(params[name].device)] for name, mask in self.masks.items()], -1)
 
     def scatter(self, values: Tensor, onto: Params) -> Params:
-        """Put a vector of chosen weights back among all parameters; the inverse of `ravel`.
+        r"""Put a vector of chosen weights back among all parameters; the inverse of `ravel`.
 
         Args:
             values: (..., P), with any leading draw axes.
             onto: Every parameter in its own shape: what the other weights keep.
 
         Returns:
-            Every parameter with leaves (..., \\*shape). Leaves without a chosen weight are expanded, not copied.
+            Every parameter with leaves (..., \*shape). Leaves without a chosen weight are expanded, not copied.
 
         Raises:
             ShapeError: If the last axis of ``values`` is not P.

@@ -26,11 +26,11 @@ Params = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """What one step sees.
+    r"""What one step sees.
 
     Args:
-        x: Inputs, (B, \\*data).
-        mask: True where ``x`` is observed, (B, \\*data); None if everything is.
+        x: Inputs, (B, \*data).
+        mask: True where ``x`` is observed, (B, \*data); None if everything is.
         context: Labels or covariates, (B, ...).
         target: What the outputs are to explain; ``x`` itself if None.
         index: Row numbers in the data set, (B,): what persistent chains key on.
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     mask: Tensor | None = None
     context: Tensor | None = None
     target: Tensor | None = None
-    index: Tensor | None = None
+    index: Tensor | None = None  # pyright: ignore[reportIncompatibleMethodOverride] - nobody searches a batch
 
     @property
     def explained(self) -> Tensor:
@@ -53,23 +53,23 @@ class Likelihood(Protocol):
     """p(target | outputs): from the network's outputs (natural parameters) to data space."""
 
     def check(self, target: Tensor) -> None:
-        """Raise if ``target`` (B, \\*O) cannot have come from this likelihood."""
+        r"""Raise if ``target`` (B, \*O) cannot have come from this likelihood."""
         ...
 
     def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Log-density (..., B) of ``target`` (B, \\*O) under ``outputs`` (..., B, \\*O), in nats."""
+        r"""Log-density (..., B) of ``target`` (B, \*O) under ``outputs`` (..., B, \*O), in nats."""
         ...
 
     def mean(self, outputs: Tensor) -> Tensor:
-        """Mean in data space, (..., B, \\*O)."""
+        r"""Mean in data space, (..., B, \*O)."""
         ...
 
     def variance(self, outputs: Tensor) -> Tensor:
-        """Noise variance in data space, broadcastable to (..., B, \\*O)."""
+        r"""Noise variance in data space, broadcastable to (..., B, \*O)."""
         ...
 
     def output_hessian(self, outputs: Tensor) -> Tensor:
-        """Diagonal of the Hessian of -log p in the outputs: () if constant, else (B, \\*O)."""
+        r"""Diagonal of the Hessian of -log p in the outputs: () if constant, else (B, \*O)."""
         ...
 
     def normal_moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,7 +77,7 @@ class Likelihood(Protocol):
         ...
 
     def log_predictive(self, mean: Tensor, var: Tensor, target: Tensor) -> Tensor:
-        """Pixel-wise log-density (B, \\*O) of ``target`` under a predictive with these data-space moments."""
+        r"""Pixel-wise log-density (B, \*O) of ``target`` under a predictive with these data-space moments."""
         ...
 
 
@@ -85,7 +85,7 @@ class WeightPrior(Protocol):
     """p(theta), over every parameter."""
 
     def log_prob(self, params: Params) -> Tensor:
-        """Log-density (S,) of draws with leaves (S, \\*shape)."""
+        r"""Log-density (S,) of draws with leaves (S, \*shape)."""
         ...
 
 
@@ -109,5 +109,5 @@ class WeightPosterior(Protocol):
         ...
 
     def sample(self, n: int) -> Params:
-        """Draws with leaves (S = n, \\*shape), of **every** parameter."""
+        r"""Draws with leaves (S = n, \*shape), of **every** parameter."""
         ...

@@ -63,7 +63,14 @@ class Config:
 
 
 FAST = Config(
-    n_train=1_000, n_validation=500, n_test=300, epochs=5, latent_dims=(2,), n_members=2, n_weight_draws=8, n_resamples=20
+    n_train=1_000,
+    n_validation=500,
+    n_test=300,
+    epochs=5,
+    latent_dims=(2,),
+    n_members=2,
+    n_weight_draws=8,
+    n_resamples=20,
 )
 FULL = Config(n_train=55_000, n_validation=5_000, n_test=10_000)
 
@@ -139,8 +146,9 @@ def compare(
                 yield name, f"{method}: {NAMED}", metric, value
 
 
-def run(config: Config, seed: int, records: report.Records) -> bae.Predictive:
-    """One seed: every pair and code size; returns the last linearised Laplace predictive for the figure."""
+def run(config: Config, seed: int, records: report.Records) -> dict[str, bae.Predictive]:
+    """One seed: every pair and code size; returns the last predictives for the figure."""
+    predictives: dict[str, bae.Predictive] = {}
     for familiar in dict.fromkeys(pair[0] for pair in config.pairs):
         rows = images_of(familiar, "train")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -173,7 +181,7 @@ def run(config: Config, seed: int, records: report.Records) -> bae.Predictive:
                         value=value,
                     )
             tqdm.write(f"seed {seed}, {familiar}, code {z}: {time.perf_counter() - start:.0f} s")
-    return predictives["Laplace"]
+    return predictives
 
 
 def images_of(name: str, split: Literal["train", "test"]) -> Tensor:
@@ -215,15 +223,15 @@ def main() -> None:
     """Run all seeds, print the tables, write records and the figure."""
     flags = report.flags(__doc__, seeds=(0, 1, 2))
     config = FAST if flags.fast else FULL if flags.full else Config()
-    records = report.Records()
+    records, predictives = report.Records(), {}
     for seed in flags.seeds:
-        predictive = run(config, seed, records)
+        predictives = run(config, seed, records)
         if flags.json:
             records.save(flags.json)
     print(report.table(records, metrics=["log density", "calibration error"]), end="\n\n")
     print(report.table(records, metrics=["AUROC", "low", "high", "gain", "gain low", "gain high"]))
     if flags.figures:
-        draw(config, predictive, flags.figures / "ood_fashion.png")
+        draw(config, predictives["Laplace"], flags.figures / "ood_fashion.png")
 
 
 if __name__ == "__main__":

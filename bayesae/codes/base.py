@@ -20,11 +20,11 @@ class CodeModel(Protocol):
     likelihood: Likelihood
 
     def encode(self, x: Tensor) -> Tensor:
-        """(B, \\*data) to (S, B, Z)."""
+        r"""(B, \*data) to (S, B, Z)."""
         ...
 
     def decode(self, z: Tensor) -> Tensor:
-        """(..., S, B, Z) to (..., S, B, \\*O)."""
+        r"""(..., S, B, Z) to (..., S, B, \*O)."""
         ...
 
     def log_prior(self, latents: Tensor) -> Tensor:
@@ -41,11 +41,11 @@ class CodePosterior(Protocol):
 
 
 def score_outputs(likelihood: Likelihood, outputs: Tensor, batch: Batch) -> Tensor:
-    """log p(x_observed | outputs), (K, S, B).
+    r"""Log p(x_observed | outputs), (K, S, B).
 
     Args:
         likelihood: The head.
-        outputs: (K, S, B, \\*O).
+        outputs: (K, S, B, \*O).
         batch: Its ``target`` (or ``x``) has as many numbers a row as ``outputs``, in any shape.
 
     Returns:

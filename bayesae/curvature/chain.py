@@ -29,15 +29,15 @@ class LinearStep:
     """Pre-activations = inputs @ weight.T + bias.
 
     Args:
-        name: Dotted name of the layer; its parameters are ``name.weight`` and, where it has one, ``name.bias``.
+        weight_name: Name of the weight among the network's parameters.
+        bias_name: Name of the bias, or None if there is none.
         weight: (out, in).
-        has_bias: Whether there is a bias.
         inputs: (B, in).
     """
 
-    name: str
+    weight_name: str
+    bias_name: str | None
     weight: Tensor
-    has_bias: bool
     inputs: Tensor
 
 
@@ -50,7 +50,7 @@ class SlopeStep:
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass: its steps, input first, and its outputs (B, \\*O)."""
+    r"""A forward pass: its steps, input first, and its outputs (B, \*O)."""
 
     steps: list[LinearStep | SlopeStep]
     outputs: Tensor
@@ -76,14 +76,14 @@ def leaves(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def trace(network: nn.Module, params: Params, x: Tensor) -> Trace:
-    """Run a chain of Linear and element-wise layers at ``params`` and keep inputs and slopes.
+    r"""Run a chain of Linear and element-wise layers at ``params`` and keep inputs and slopes.
 
     Half-precision parameters are computed with in float32: curvature is a sum over a data set.
 
     Args:
         network: Nested ``nn.Sequential``; gives structure and names, its own weights do not enter.
         params: Every parameter in its own shape.
-        x: (B, \\*data).
+        x: (B, \*data).
 
     Returns:
         The trace.
@@ -108,8 +108,9 @@ def trace(network: nn.Module, params: Params, x: Tensor) -> Trace:
             if id(layer.weight) in seen:
                 raise UnsupportedError("each weight used once", f"{name!r} with tied weights", "Untie them.")
             seen.add(id(layer.weight))
-            weight, bias = params[f"{name}.weight"], params.get(f"{name}.bias")
-            steps.append(LinearStep(name, weight, bias is not None, h))
+            weight_name, bias_name = (f"{name}.{part}".removeprefix(".") for part in ("weight", "bias"))
+            weight, bias = params[weight_name], params.get(bias_name)
+            steps.append(LinearStep(weight_name, None if bias is None else bias_name, weight, h))
             h = F.linear(h, weight, bias)
         elif type(layer) in ELEMENTWISE:
             with torch.enable_grad():
@@ -149,8 +150,8 @@ def push(factor: Tensor | None, slope: Tensor | None, weight: Tensor) -> Tensor:
     return scaled if factor is None else factor @ scaled
 
 
-def rows_per_chunk(network: nn.Module, params: Params, n_outputs: int) -> int:
+def rows_per_chunk(network: nn.Module, n_outputs: int) -> int:
     """Rows whose largest temporary, (B, outputs, widest input), stays within a quarter of a gigabyte."""
-    widths = [params[f"{name}.weight"].shape[1] for name, layer in leaves(network) if type(layer) is nn.Linear]
+    widths = [layer.in_features for _, layer in leaves(network) if type(layer) is nn.Linear]
     hidden = widths[1:] or [1]  # nothing is carried past the first layer
     return max(1, _MAX_ELEMENTS // (n_outputs * max(hidden)))

@@ -57,7 +57,7 @@ def ggn_diagonal(
         | Practical Gauss-Newton Optimisation for Deep Learning (Botev, Ritter, Barber, 2017): the recursion
     """
     if chunk_size is None:
-        chunk_size = rows_per_chunk(network, params, trace(network, params, x[:1]).outputs.numel())
+        chunk_size = rows_per_chunk(network, trace(network, params, x[:1]).outputs.numel())
     result: Params = {}
     for start in range(0, len(x), chunk_size):
         rows = slice(start, start + chunk_size)
@@ -81,9 +81,9 @@ def _one_chunk(chain: Trace, hessian: Tensor, params: Params) -> Params:
             form = form.through_slope(step.slope)
             continue
         diagonal = form.diagonal().expand(len(chain.outputs), -1)
-        result[f"{step.name}.weight"] = diagonal.mT @ step.inputs**2
-        if step.has_bias:
-            result[f"{step.name}.bias"] = diagonal.sum(0)
+        result[step.weight_name] = diagonal.mT @ step.inputs**2
+        if step.bias_name is not None:
+            result[step.bias_name] = diagonal.sum(0)
         if step is first:
             break
         form = form.through_linear(step.weight)

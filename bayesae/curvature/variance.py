@@ -45,7 +45,7 @@ def output_variance(
         | Improving predictions of Bayesian neural nets via local linearization (Immer, Korzepa, Bauer, 2021)
     """
     if chunk_size is None:
-        chunk_size = rows_per_chunk(network, params, trace(network, params, x[:1]).outputs.numel())
+        chunk_size = rows_per_chunk(network, trace(network, params, x[:1]).outputs.numel())
     pieces = [_one_chunk(trace(network, params, rows), variances) for rows in x.split(chunk_size)]
     outputs, variance = (torch.cat(part) for part in zip(*pieces, strict=True))
     return outputs, variance
@@ -53,10 +53,10 @@ def output_variance(
 
 def _one_chunk(chain: Trace, variances: Params) -> tuple[Tensor, Tensor]:
     steps = chain.steps
-    linear = [i for i, step in enumerate(steps) if isinstance(step, LinearStep)]
-    # the narrowest pre-activation; the outputs themselves where nothing is narrower
-    neck = min(reversed(linear), key=lambda i: steps[i].weight.shape[0])
-    covariance = _covariance_at(steps[: neck + 1], variances)  # (B, Z, Z), or None if the neck is the output
+    widths = {i: len(step.weight) for i, step in enumerate(steps) if isinstance(step, LinearStep)}
+    # the narrowest pre-activation, the last of several; the outputs themselves where nothing is narrower
+    neck = min(reversed(widths), key=lambda i: widths[i])
+    covariance = _covariance_at(steps[: neck + 1], variances)
     jacobian, slope, variance = None, None, torch.zeros((), dtype=chain.outputs.dtype)
     for i in range(len(steps) - 1, neck, -1):
         step = steps[i]
@@ -76,8 +76,8 @@ def _one_chunk(chain: Trace, variances: Params) -> tuple[Tensor, Tensor]:
 
 
 def _preactivation_variance(step: LinearStep, variances: Params) -> Tensor:
-    spread = step.inputs**2 @ variances[f"{step.name}.weight"].to(step.inputs.dtype).mT
-    return spread + variances[f"{step.name}.bias"] if step.has_bias else spread
+    spread = step.inputs**2 @ variances[step.weight_name].to(step.inputs.dtype).mT
+    return spread if step.bias_name is None else spread + variances[step.bias_name]
 
 
 def _spread(jacobian: Tensor | None, slope: Tensor | None, variance: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def _spread(jacobian: Tensor | None, slope: Tensor | None, variance: Tensor) -> 
 
 def _covariance_at(steps: list[LinearStep | SlopeStep], variances: Params) -> Tensor:
     """Covariance of the last step's pre-activations under all weights up to it, (B, Z, Z)."""
-    jacobian, slope, covariance = None, None, None
+    jacobian, slope, covariance = None, None, torch.zeros(())
     for step in reversed(steps):
         if isinstance(step, SlopeStep):
             slope = step.slope if slope is None else slope * step.slope

@@ -7,7 +7,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 from bayesae.datasets.idx import IdxSource
@@ -93,8 +92,11 @@ def load(
 
 
 def _digits(split: Split) -> tuple[Tensor, Tensor]:
-    bunch = load_digits()
-    images, targets = bunch["images"], bunch["target"]
+    from sklearn.datasets import load_digits  # slow to import
+
+    pixels, targets = load_digits(return_X_y=True)
+    images = np.asarray(pixels).reshape(-1, 8, 8)
+    targets = np.asarray(targets)
     # a fixed permutation, as the file's order goes by writer
     order = np.random.RandomState(0).permutation(len(images))
     n_test = len(images) // 5

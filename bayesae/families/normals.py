@@ -53,7 +53,7 @@ class DiagonalNormal:
         return None
 
     def sample(self, n: int) -> Params:
-        """Draws of every parameter, leaves (S = n, \\*shape); fixed ones are expanded without a copy."""
+        r"""Draws of every parameter, leaves (S = n, \*shape); fixed ones are expanded without a copy."""
         centre = self.subset.ravel(self.mean)
         var = self.var.to(centre)
 
@@ -69,5 +69,5 @@ class DiagonalNormal:
         return self.subset.scatter(self.var.to(next(iter(zeros.values()))), zeros)
 
     def output_variance(self, network: nn.Module, x: Tensor, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """Outputs at the mean and their exact variance in the linearised network, both (B, \\*O)."""
+        r"""Outputs at the mean and their exact variance in the linearised network, both (B, \*O)."""
         return output_variance(network, self.mean, self.variances(), x, chunk_size=chunk_size)

@@ -16,10 +16,10 @@ __all__ = ["Particles"]
 
 @dataclass(frozen=True)
 class Particles:
-    """q(theta): M sets of weights, each with probability 1 / M; a point estimate is one particle.
+    r"""q(theta): M sets of weights, each with probability 1 / M; a point estimate is one particle.
 
     Args:
-        atoms: Every parameter, leaves (M, \\*shape).
+        atoms: Every parameter, leaves (M, \*shape).
         is_linearised: False: particles are networks, and are run as such.
         info: What the fit had to say, by name.
 
@@ -49,7 +49,7 @@ class Particles:
         return {name: leaf.mean(0) for name, leaf in self.atoms.items()}
 
     def sample(self, n: int) -> Params:
-        """Draws with leaves (S = n, \\*shape), as balanced as n allows.
+        r"""Draws with leaves (S = n, \*shape), as balanced as n allows.
 
         Every particle comes n // M times; the remainder is drawn without replacement. n = M gives each
         particle once, in order, and uses no random number.

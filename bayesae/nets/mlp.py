@@ -12,7 +12,7 @@ __all__ = ["mlp"]
 def mlp(
     n_in: int, hidden: Sequence[int], n_out: int, *, activation: Callable[[], nn.Module] = nn.Tanh
 ) -> nn.Sequential:
-    """A multi-layer perceptron with a linear output layer, (B, \\*in) to (B, n_out).
+    r"""A multi-layer perceptron with a linear output layer, (B, \*in) to (B, n_out).
 
     Rows of any shape are flattened first, so that images go in as they are.
 

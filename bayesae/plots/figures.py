@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
+
+if TYPE_CHECKING:  # the caller made the axes; importing the library should not load matplotlib
+    from matplotlib.axes import Axes
 
 __all__ = ["images", "reliability", "score_histograms"]
 
@@ -37,7 +40,7 @@ def images(axes: Axes, rows: Tensor, *, title: str, cmap: str = "gray", high: fl
 
 
 def score_histograms(axes: Axes, scores: Mapping[str, Tensor], *, xlabel: str) -> Axes:
-    """Overlay histograms of a score for several sets of rows on common bins.
+    """Overlay histograms of a score for several sets of rows on common bins; the last bin holds the top 1 % too.
 
     Args:
         axes: Where to draw.
@@ -48,11 +51,14 @@ def score_histograms(axes: Axes, scores: Mapping[str, Tensor], *, xlabel: str) -
         The axes.
     """
     pooled = torch.cat([values.flatten() for values in scores.values()]).cpu().double().numpy()
-    bins = np.linspace(*np.quantile(pooled, [0.0, 0.99]), 41)
+    bins = np.linspace(float(pooled.min()), float(np.quantile(pooled, 0.99)), 41)
     for number, (name, values) in enumerate(scores.items()):
         shown = np.clip(values.cpu().double().numpy(), bins[0], bins[-1])
-        style = {"histtype": "stepfilled", "alpha": 0.35, "color": "black"} if number == 0 else {"histtype": "step"}
-        axes.hist(shown, bins.tolist(), density=True, label=name, linewidth=1.5, **style)
+        edges = bins.tolist()
+        if number == 0:
+            axes.hist(shown, edges, density=True, label=name, histtype="stepfilled", alpha=0.35, color="black")
+        else:
+            axes.hist(shown, edges, density=True, label=name, histtype="step", linewidth=1.5)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("density")
     axes.legend(frameon=False, fontsize="small")

@@ -68,8 +68,16 @@ def check_weight_inference(inference: WeightInference, *, dtype: torch.dtype = t
     with random.scope(1):
         draws = posterior.sample(3)
     expected = {name: (3, *leaf.shape) for name, leaf in world.mean.items()}
-    _require({k: tuple(v.shape) for k, v in draws.items()} == expected, f"draws {expected}", f"{ {k: tuple(v.shape) for k, v in draws.items()} }")
-    _require({k: v.shape for k, v in posterior.mean.items()} == {k: v.shape for k, v in start.items()}, "a complete mean", "another")
+    _require(
+        {k: tuple(v.shape) for k, v in draws.items()} == expected,
+        f"draws {expected}",
+        f"{ {k: tuple(v.shape) for k, v in draws.items()} }",
+    )
+    _require(
+        {k: v.shape for k, v in posterior.mean.items()} == {k: v.shape for k, v in start.items()},
+        "a complete mean",
+        "another",
+    )
     _require(all(v.dtype == dtype for v in draws.values()), f"draws of {dtype}", f"{[v.dtype for v in draws.values()]}")
     _require(all(bool(v.isfinite().all()) for v in draws.values()), "finite draws", "NaN or infinity")
 

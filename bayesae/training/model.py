@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,8 +19,8 @@ from bayesae.draws import Draws
 from bayesae.errors import DataError, NonFiniteError, UnsupportedError
 from bayesae.joint import IsotropicNormal
 from bayesae.likelihoods import Gaussian
-from bayesae.models import Autoencoder, Bound
-from bayesae.types import Batch, WeightPrior
+from bayesae.models import Autoencoder
+from bayesae.types import WeightPrior
 
 __all__ = ["History", "estimate_noise", "fit_model"]
 
@@ -189,7 +189,7 @@ def _mean_objective(
 
 
 @contextmanager
-def _evaluating(model: Autoencoder) -> Iterator[None]:
+def _evaluating(model: Autoencoder) -> Generator[None, None, None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

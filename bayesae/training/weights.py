@@ -30,7 +30,7 @@ def log_joint(
     weight_prior: WeightPrior | None = None,
     temperature: float = 1.0,
 ) -> LogJoint:
-    """log p(D, theta) of a model, for weight methods and for loops of one's own.
+    """Log p(D, theta) of a model, for weight methods and for loops of one's own.
 
     Args:
         model: The autoencoder, in evaluation mode; it is only read.
@@ -67,7 +67,7 @@ def fit_weights(
     seed: int | None = None,
     progress: bool | None = None,
 ) -> WeightPosterior:
-    """Fit q(theta): builds the log-joint of ``model`` and steps ``inference`` over the data.
+    r"""Fit q(theta): builds the log-joint of ``model`` and steps ``inference`` over the data.
 
     The model is copied first and never touched. A posterior over encoder weights under an objective in which the
     code has seen x is a generalised posterior.
@@ -75,7 +75,7 @@ def fit_weights(
     Args:
         inference: The method, such as ``weights.Laplace()``.
         model: A trained autoencoder.
-        data: x alone, (N, \\*data).
+        data: x alone, (N, \*data).
         batch_size: Rows a step.
         objective: As for `fit_model`.
         codes: As for `fit_model`.
@@ -106,5 +106,5 @@ def fit_weights(
             for batch in batches(data, frozen.reference, batch_size=batch_size, is_shuffled=True):
                 frozen.likelihood.check(batch.explained)
                 state, info = inference.update(state, batch, joint)
-            bar.set_postfix(nats=f"{info.log_joint / n_data:.2f}", refresh=False)
+                bar.set_postfix(nats=f"{info.log_joint / n_data:.2f}", refresh=False)
         return inference.posterior(state, joint)

@@ -18,10 +18,10 @@ __all__ = ["Ensemble", "EnsembleState"]
 
 @dataclass
 class EnsembleState:
-    """Members and their optimiser; both owned by the state and updated in place.
+    r"""Members and their optimiser; both owned by the state and updated in place.
 
     Args:
-        members: Leaves (M, \\*shape); trainable ones require gradients.
+        members: Leaves (M, \*shape); trainable ones require gradients.
         optimiser: Adam over them, element-wise and so independent per member.
     """
 

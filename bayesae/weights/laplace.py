@@ -103,9 +103,7 @@ class Laplace:
         """Add the rows of one batch."""
         if joint.temperature <= 0:
             raise UnsupportedError("a positive temperature", f"{joint.temperature}", "1 is Bayes.")
-        whole = ggn_diagonal(
-            joint.network, state.params, batch.x, joint.likelihood.output_hessian, mask=batch.mask
-        )
+        whole = ggn_diagonal(joint.network, state.params, batch.x, joint.likelihood.output_hessian, mask=batch.mask)
         diagonal = state.diagonal + state.subset.ravel(whole).double()
         params = {name: leaf[None] for name, leaf in state.params.items()}
         log_likelihood = float(joint.per_example(params, batch).double().sum())

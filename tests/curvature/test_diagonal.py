@@ -41,7 +41,9 @@ def test_equals_one_jacobian_an_output(shape, likelihood):
 
 @pytest.mark.parametrize("activation", ELEMENTWISE, ids=lambda layer: layer.__name__)
 def test_every_elementwise_layer(activation, rows):
-    network = nn.Sequential(nn.Linear(7, 3), activation(*(0.1, 0.2) if activation is nn.Threshold else ()), nn.Linear(3, 7))
+    network = nn.Sequential(
+        nn.Linear(7, 3), activation(*(0.1, 0.2) if activation is nn.Threshold else ()), nn.Linear(3, 7)
+    )
     network = network.double()
     likelihood = bae.likelihoods.Gaussian(1.0).double()
     got = ggn_diagonal(network, parameters_of(network), rows, likelihood.output_hessian)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Normal
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae.types import Likelihood
+
+F64 = {"dtype": torch.float64}
+
+
+@pytest.mark.parametrize("likelihood", [bae.likelihoods.Gaussian(0.4), bae.likelihoods.Bernoulli()], ids=repr)
+class TestEvery:
+    def test_is_a_likelihood(self, likelihood):
+        assert isinstance(likelihood, Likelihood)
+
+    def test_log_prob_sums_the_distribution(self, likelihood):
+        outputs, target = torch.randn(2, 3, 5, 4, **F64), (torch.rand(5, 4) > 0.5).double()
+        law = Normal(outputs, 0.4) if isinstance(likelihood, bae.likelihoods.Gaussian) else Bernoulli(logits=outputs)
+        assert_close(likelihood.log_prob(outputs, target), law.log_prob(target).sum(-1), rtol=1e-12, atol=1e-12)
+        assert_close(likelihood.mean(outputs), law.mean)
+        assert_close(likelihood.variance(outputs), law.variance)
+        mask = torch.rand(5, 4) > 0.5
+        expected = (law.log_prob(target) * mask).sum(-1)
+        assert_close(likelihood.log_prob(outputs, target, mask), expected, rtol=1e-12, atol=1e-12)
+
+    def test_hessian_is_that_of_the_log_prob(self, likelihood):
+        outputs, target = torch.randn(1, 6, **F64), torch.rand(1, 6, **F64)
+        exact = torch.func.hessian(lambda f: -likelihood.log_prob(f[None], target)[0])(outputs[0])
+        diagonal = likelihood.output_hessian(outputs).expand(1, 6)[0]
+        assert_close(torch.diag(diagonal), exact, rtol=1e-10, atol=1e-12)
+
+    def test_moments_under_a_normal_output(self, likelihood):
+        """Against 200-node Gauss-Hermite quadrature, narrow and wide."""
+        mean = torch.tensor([-6.0, -1.0, 0.0, 0.3, 4.0], **F64)
+        nodes, weights = (torch.as_tensor(v) for v in __import__("numpy").polynomial.hermite_e.hermegauss(200))
+        for var in (1e-6, 0.5, 4.0):
+            at = mean[:, None] + math.sqrt(var) * nodes
+            p = weights / weights.sum()
+            first = likelihood.mean(at) @ p
+            second = likelihood.mean(at) ** 2 @ p
+            noise = likelihood.variance(at) @ p
+            got = likelihood.normal_moments(mean, torch.full_like(mean, var))
+            assert_close(got[0], first, rtol=0, atol=3e-7)
+            assert_close(got[1], noise, rtol=0, atol=3e-7)
+            assert_close(got[2], second - first**2, rtol=1e-5, atol=1e-6)
+
+    def test_travels_with_the_state_and_copies(self, likelihood):
+        other = copy.deepcopy(likelihood)
+        other.load_state_dict(likelihood.state_dict())
+        outputs = torch.randn(3, 2)
+        assert_close(other.log_prob(outputs, outputs * 0), likelihood.log_prob(outputs, outputs * 0))
+
+
+def test_logistic_is_this_sum_of_normal_distribution_functions():
+    from bayesae.likelihoods import _PROBIT_RATES, _PROBIT_WEIGHTS
+
+    x = torch.linspace(-40, 40, 20001, **F64)
+    total = sum(w * torch.special.ndtr(r * x) for w, r in zip(_PROBIT_WEIGHTS, _PROBIT_RATES, strict=True))
+    assert float((total - x.sigmoid()).abs().max()) < 3e-9
+
+
+def test_a_very_wide_logit_is_a_coin():
+    mean, noise, weights = bae.likelihoods.Bernoulli().normal_moments(
+        torch.zeros(1, **F64), torch.full((1,), 1e8, **F64)
+    )
+    assert_close(mean, torch.tensor([0.5], **F64))
+    assert_close(noise + weights, torch.tensor([0.25], **F64))
+    assert float(weights) > 0.2499
+
+
+def test_noise_is_the_same_number_in_any_dtype():
+    model = bae.Autoencoder(torch.nn.Linear(2, 1), torch.nn.Linear(1, 2), bae.likelihoods.Gaussian(0.3)).double()
+    assert model.likelihood.noise_var == 0.3**2
+
+
+def test_learned_scale_is_saved_restored_and_floored():
+    likelihood = bae.likelihoods.Gaussian()
+    assert not likelihood.is_estimated
+    with pytest.raises(bae.errors.NotFittedError, match="never estimated"):
+        likelihood.log_prob(torch.zeros(1, 2), torch.zeros(1, 2))
+    other = bae.likelihoods.Gaussian()
+    other.load_state_dict(likelihood.state_dict())
+    assert not other.is_estimated
+    likelihood.set_noise_var(0.25)
+    other.load_state_dict(likelihood.state_dict())
+    assert other.noise_var == 0.25
+    likelihood.set_noise_var(0.0)
+    assert likelihood.noise_var == 1e-6
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_scale_must_be_positive(bad):
+    with pytest.raises(bae.errors.DataError, match="positive, finite scale"):
+        bae.likelihoods.Gaussian(bad)
+
+
+def test_bernoulli_range():
+    with pytest.raises(bae.errors.DataError, match="values from -1 to 255"):
+        bae.likelihoods.Bernoulli().check(torch.tensor([[-1.0, 255.0]]))

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import testing
+from bayesae.testing import ConjugateRegression
+from tests.conftest import small_model
+
+FIXED = bae.weights.Laplace(tunes_prior=False)
+
+
+@pytest.mark.parametrize("n_batches", [3, 24])
+def test_batches_do_not_matter(n_batches):
+    world = ConjugateRegression.make()
+    one = testing.run_inference(FIXED, world)
+    many = testing.run_inference(FIXED, world, n_batches=n_batches)
+    assert_close(many.var, one.var, rtol=1e-12, atol=0)
+    assert many.info["log_evidence"] == pytest.approx(one.info["log_evidence"], rel=1e-12)
+
+
+def test_log_evidence_is_exact_on_an_orthogonal_design():
+    world = ConjugateRegression.make()
+    assert testing.run_inference(FIXED, world).info["log_evidence"] == pytest.approx(world.log_evidence, rel=1e-10)
+
+
+def test_a_correlated_design_is_where_the_diagonal_over_states_certainty():
+    world = ConjugateRegression.make(is_orthogonal=False)
+    posterior = testing.run_inference(FIXED, world)
+    exact = world.covariance.diagonal()[:-1]
+    assert bool((posterior.variances()["weight"] < exact).all())
+
+
+@pytest.mark.parametrize("temperature", [0.1, 4.0])
+def test_temperature_scales_the_covariance(temperature):
+    world = ConjugateRegression.make().with_temperature(temperature)
+    posterior = testing.run_inference(FIXED, world)
+    assert_close(posterior.variances()["weight"][0], world.covariance.diagonal()[:-1], rtol=1e-10, atol=0)
+
+
+def test_prior_precision_maximises_the_evidence():
+    world = ConjugateRegression.make(precision=2.0)
+    tuned = testing.run_inference(bae.weights.Laplace(), world).info
+
+    def evidence(precision):
+        joint = dataclasses.replace(world.joint, prior=bae.IsotropicNormal(precision))
+        return testing.run_inference(FIXED, dataclasses.replace(world, joint=joint)).info["log_evidence"]
+
+    best = tuned["prior_precision"]
+    assert evidence(best) == pytest.approx(tuned["log_evidence"], rel=1e-12)
+    for factor in (0.5, 0.99, 1.01, 2.0):
+        assert evidence(best * factor) < tuned["log_evidence"]
+    # MacKay's fixed point
+    square = sum(float((leaf**2).sum()) for leaf in world.mean.values())
+    assert tuned["n_effective"] == pytest.approx(best * square, rel=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_the_root_is_found_for_weights_of_any_size(scale):
+    from bayesae.weights.laplace import _evidence_precision
+
+    h = torch.logspace(-12, 12, 101, dtype=torch.float64)
+    precision = _evidence_precision(h, scale)
+    assert float((h / (h + precision)).sum()) == pytest.approx(precision * scale, rel=1e-9)
+
+
+def test_pays_for_the_rows_it_has_not_seen(model, rows):
+    whole = bae.fit_weights(FIXED, model, torch.cat([rows, rows]))
+    joint = bae.log_joint(model, n_data=18)
+    state = FIXED.init(bae.functional.parameters_of(model.network), joint)
+    state, _ = FIXED.update(state, bae.Batch(rows), joint)
+    assert_close(FIXED.posterior(state, joint).var, whole.var, rtol=1e-10, atol=0)
+
+
+def test_only_the_chosen_weights_are_uncertain(model, rows):
+    posterior = bae.fit_weights(bae.weights.Laplace(("decoder.**",)), model, rows)
+    draws = posterior.sample(4)
+    assert float(draws["encoder.1.weight"].var(0).max()) == 0
+    assert float(draws["decoder.1.weight"].var(0).min()) > 0
+    assert len(posterior.var) == sum(p.numel() for p in model.decoder.parameters())
+
+
+def test_masked_entries_carry_no_curvature(model, rows):
+    mask = torch.ones(9, 7, dtype=torch.bool)
+    mask[:, 3] = False
+    joint = bae.log_joint(model, n_data=9)
+    state = FIXED.init(bae.functional.parameters_of(model.network), joint)
+    state, _ = FIXED.update(state, bae.Batch(rows, mask), joint)
+    posterior = FIXED.posterior(state, joint)
+    last = posterior.variances()["decoder.5.bias"]
+    assert float(last[3]) == pytest.approx(1.0)  # the prior's
+    assert bool((last[[0, 1, 2, 4, 5, 6]] < 0.1).all())
+
+
+def test_an_unsupported_layer_is_named(rows):
+    encoder = nn.Sequential(nn.Linear(7, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model = bae.Autoencoder(encoder, nn.Linear(2, 7), bae.likelihoods.Gaussian(1.0)).double().eval()
+    with pytest.raises(bae.errors.UnsupportedError, match="LayerNorm 'encoder.1'"):
+        bae.fit_weights(bae.weights.Laplace(), model, rows)
+
+
+def test_another_prior_is_refused(model, rows):
+    class Flat:
+        def log_prob(self, params):
+            return torch.zeros(1)
+
+    with pytest.raises(bae.errors.UnsupportedError, match="IsotropicNormal"):
+        bae.fit_weights(bae.weights.Laplace(), model, rows, weight_prior=Flat())
+
+
+def test_no_rows_no_posterior():
+    world = ConjugateRegression.make()
+    with pytest.raises(bae.errors.NotFittedError, match="at least one batch"):
+        FIXED.posterior(FIXED.init(world.mean, world.joint), world.joint)
+
+
+def test_bernoulli_pixels():
+    model = small_model(bae.likelihoods.Bernoulli())
+    rows = (torch.rand(20, 7, dtype=torch.float64) > 0.5).double()
+    posterior = bae.fit_weights(bae.weights.Laplace(), model, rows)
+    assert math.isfinite(posterior.info["log_evidence"])
+    assert bool((posterior.var > 0).all())
