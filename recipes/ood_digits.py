@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -125,13 +124,13 @@ def measure(predictive: bae.Predictive, tests: dict[str, Tensor]) -> dict[str, f
 def draw(predictives: dict[str, bae.Predictive], tests: dict[str, Tensor], path: Path) -> None:
     """Reconstructions, uncertainty maps, score histograms and calibration."""
     figure = plt.figure(figsize=(12, 9.5), layout="constrained")
-    top, bottom = np.ravel(figure.subfigures(2, 1, height_ratios=(1.35, 1)))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35, 1))
     laplace = predictives["Laplace"]
     moments = {kind: laplace.moments(x) for kind, x in tests.items()}
     high = max(float(m.weights[:8].max()) for m in moments.values()) ** 0.5
-    panels = np.ravel(top.subfigures(2, 2))
-    for panel, (kind, m) in zip(panels, moments.items(), strict=True):
-        x = tests[kind]
+    grid = top.add_gridspec(2, 2)
+    for number, (kind, m) in enumerate(moments.items()):
+        panel, x = top.add_subfigure(grid[number // 2, number % 2]), tests[kind]
         axes = panel.subplots(3, 1)
         bae.plots.images(axes[0], x[:8], title="image", high=1.0)
         bae.plots.images(axes[1], m.mean[:8], title="mean", high=1.0)

@@ -54,7 +54,7 @@ class Config:
     hidden: tuple[int, ...] = (256, 64)
     n_members: int = 5
     n_weight_draws: int = 32
-    n_resamples: int = 200
+    n_resamples: int = 100
     pairs: tuple[tuple[str, str], ...] = (
         ("mnist", "kmnist"),
         ("mnist", "fashion-mnist"),

@@ -94,6 +94,7 @@ def _spread(jacobian: Tensor | None, slope: Tensor | None, variance: Tensor) -> 
 def _covariance_at(steps: list[LinearStep | SlopeStep], variances: Params) -> Tensor:
     """Covariance of the last step's pre-activations under all weights up to it, (B, Z, Z)."""
     jacobian, slope, covariance = None, None, torch.zeros(())
+    first = next(step for step in steps if isinstance(step, LinearStep))
     for step in reversed(steps):
         if isinstance(step, SlopeStep):
             slope = step.slope if slope is None else slope * step.slope
@@ -106,5 +107,7 @@ def _covariance_at(steps: list[LinearStep | SlopeStep], variances: Params) -> Te
             if scaled.dim() == 2:
                 scaled = scaled.expand(len(variance), -1, -1)
             covariance = covariance + (scaled * variance[:, None]) @ scaled.mT
+        if step is first:
+            break
         jacobian, slope = push(jacobian, slope, step.weight), None
     return covariance

@@ -110,7 +110,7 @@ def fit_model(
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
                         "a finite objective",
-                        f"{float(value)} in epoch {epoch}",
+                        f"{float(value.detach())} in epoch {epoch}",
                         "Lower learning_rate, or scale the data to about [0, 1].",
                     )
                 optimiser.zero_grad(set_to_none=True)
