@@ -110,6 +110,25 @@ class Records:
             raise DataError("records to average", f"none with {where}", "Check the names.")
         return statistics.fmean(values)
 
+    def expect(self, value: float, tolerance: float, **where: str | int) -> None:
+        """Check that a mean is what the recipe's docstring says, and print it.
+
+        Args:
+            value: What is expected.
+            tolerance: How far the mean may be from it.
+            **where: As for `mean`.
+
+        Raises:
+            DataError: If it is further away: the claim did not reproduce.
+        """
+        found = self.mean(**where)
+        name = ", ".join(str(part) for part in where.values())
+        if abs(found - value) > tolerance:
+            raise DataError(
+                f"{value:g} ± {tolerance:g} for {name}", f"{found:.4g}", "The claim of this recipe did not reproduce."
+            )
+        print(f"as expected: {name} {found:.3f} (claimed {value:g} ± {tolerance:g})")
+
     def save(self, path: Path) -> None:
         """Write a JSON list, one record a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,6 +185,8 @@ def _cell(values: list[float]) -> str:
     if not values:
         return ""
     mean = statistics.fmean(values)
+    if 0 < abs(mean) < 5e-4:
+        return f"{mean:.0e}"
     digits = 3 if abs(mean) < 10 else 1
     if len(values) == 1:
         return f"{mean:.{digits}f}"

@@ -13,8 +13,10 @@ minus the log predictive density with every pixel's full variance. "Log density"
 nats an image (higher is better), "calibration error" the mean distance of the pixels' predictive quantiles from what
 comes (0 is calibrated; pixels that are exactly 0 keep it above 0), CRPS in grey levels.
 
-Expected: AUROC on left-out digits EXPECTED for MAP; asserted for the default seeds.
-Runtime: about RUNTIME on two cores; ``--fast`` a few seconds.
+Expected over the default seeds (checked at the end): AUROC of the Laplace density 0.93 ± 0.03 on left-out digits and
+0.76 ± 0.04 on blends, and a log density of familiar images above MAP's by 1.5 ± 1 nats. It tells unfamiliar digits from
+familiar ones no better than MAP does; what it adds is the density, and a variance that grows where it should.
+Runtime: about half a minute on two cores; ``--fast`` a few seconds.
 """
 
 from __future__ import annotations
@@ -124,7 +126,8 @@ def measure(predictive: bae.Predictive, tests: dict[str, Tensor]) -> dict[str, f
 def draw(predictives: dict[str, bae.Predictive], tests: dict[str, Tensor], path: Path) -> None:
     """Reconstructions, uncertainty maps, score histograms and calibration."""
     figure = plt.figure(figsize=(12, 9.5), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35, 1))
+    halves = figure.add_gridspec(2, 1, height_ratios=(1.35, 1))
+    top, bottom = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
     laplace = predictives["Laplace"]
     moments = {kind: laplace.moments(x) for kind, x in tests.items()}
     high = max(float(m.weights[:8].max()) for m in moments.values()) ** 0.5
@@ -166,9 +169,18 @@ def main() -> None:
         for method, (predictive, seconds) in fitted.items():
             for metric, value in {**measure(predictive, world.tests), "seconds": seconds}.items():
                 records.add(data="digits", setting="0-7", method=method, metric=metric, seed=seed, value=value)
-    print(report.table(records))
+        gain = records.mean(method="Laplace", metric="log density", seed=seed)
+        gain -= records.mean(method="MAP", metric="log density", seed=seed)
+        records.add(
+            data="digits", setting="0-7", method="Laplace over MAP", metric="log density", seed=seed, value=gain
+        )
+    print(report.table(records, methods=[*fitted]))
     if flags.json:
         records.save(flags.json)
+    if not flags.fast:
+        records.expect(0.93, 0.03, method="Laplace", metric="AUROC left-out digits")
+        records.expect(0.76, 0.04, method="Laplace", metric="AUROC blends")
+        records.expect(1.5, 1.0, method="Laplace over MAP", metric="log density")
     if flags.figures and world is not None:
         draw(
             {name: predictive for name, (predictive, _) in fitted.items()},

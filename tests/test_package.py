@@ -102,3 +102,22 @@ def test_everything_public_is_documented(name):
     assert thing.__doc__
     for public in getattr(thing, "__all__", ()):
         assert isinstance(getattr(thing, public), (tuple, dict)) or getattr(thing, public).__doc__, public
+
+
+def test_oldest_versions_are_the_lower_bounds():
+    import tomllib
+
+    from packaging.version import Version
+
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
+    lower = dict(requirement.split(",")[0].split(">=") for requirement in wanted)
+    lines = (ROOT.parent / ".ci" / "oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if "==" in line)
+    assert {k: Version(v) for k, v in oldest.items()} == {k: Version(v) for k, v in lower.items()}
+
+
+def test_the_readme_names_a_test_command_that_ci_runs():
+    readme = (ROOT.parent / "README.md").read_text()
+    command = readme.split("<!-- ci: tests -->")[1].split("```")[1]
+    assert "venv" in command and "pytest" in command
