@@ -31,7 +31,7 @@ def _checked(x: Tensor, like: Tensor) -> Tensor:
     x = x.to(device=like.device, dtype=like.dtype)
     if len(x) == 0:
         raise DataError("at least one row", f"a tensor of shape {tuple(x.shape)}", "Give data with N >= 1.")
-    check_finite({"x": x}, "data", "Remove or impute those rows; a mask says which entries were observed.")
+    check_finite({"x": x}, "data", "Remove those rows, or fill those entries in.")
     return x
 
 

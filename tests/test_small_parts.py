@@ -34,6 +34,13 @@ class TestRandom:
             first = torch.rand(3)
         with random.scope(1):
             assert torch.equal(first, torch.rand(3))
+        with random.scope(2):
+            assert not torch.equal(first, torch.rand(3))
+        torch.manual_seed(1)
+        assert torch.equal(first, torch.rand(3))
+        torch.set_rng_state(state)
+        with random.scope(1):
+            torch.rand(3)
         assert torch.equal(state, torch.get_rng_state())
 
     def test_no_seed_advances(self):

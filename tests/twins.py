@@ -23,7 +23,7 @@ def dense_jacobian(network, x):
     return torch.cat([j.flatten(2) for j in output_jacobian(network, x).values()], -1)
 
 
-def ggn_diagonal(network, x, likelihood):
+def ggn_diagonal(network, x, likelihood, target=None):
     """Diagonal of sum_b J^T H J with H by autograd from the likelihood's own log-density."""
     outputs = network(x).detach()
     jacobian = output_jacobian(network, x)
@@ -31,7 +31,7 @@ def ggn_diagonal(network, x, likelihood):
     result = {name: 0.0 for name in jacobian}
     for b in range(len(x)):
 
-        def negative_log_prob(flat, row=x[b : b + 1], shape=outputs[b : b + 1].shape):
+        def negative_log_prob(flat, row=(x if target is None else target)[b : b + 1], shape=outputs[b : b + 1].shape):
             return -likelihood.log_prob(flat.reshape(shape), row.reshape(shape))[0]
 
         hessian = torch.func.hessian(negative_log_prob)(outputs[b].flatten())

@@ -122,16 +122,15 @@ def fit_model(
                 estimate_noise(model, noise_data, codes=codes)
             history.train.append(total / n_data)
             bar.set_postfix(nats=f"{history.train[-1]:.2f}", refresh=False)
-            if validation is None:
+            if validation is not None:
+                history.validation.append(_mean_objective(model, validation, objective, codes))
+            if patience is None:
                 history.best_epoch = epoch
-                continue
-            history.validation.append(_mean_objective(model, validation, objective, codes))
-            if patience is None or best is None or history.validation[-1] > history.validation[history.best_epoch]:
-                history.best_epoch = epoch
-                best = copy.deepcopy(model.state_dict()) if patience is not None else ()
+            elif history.validation[-1] > max(history.validation[:-1], default=-math.inf):
+                history.best_epoch, best = epoch, copy.deepcopy(model.state_dict())
             elif epoch - history.best_epoch >= patience:
                 break
-        if patience is not None and best:
+        if best is not None:
             model.load_state_dict(best)
     return history
 

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import bayesae as bae
 from bayesae.curvature import ggn_diagonal
 from bayesae.curvature.chain import ELEMENTWISE
+from bayesae.curvature.quadratic import QuadraticForm
 from bayesae.functional import parameters_of
 from tests import twins
 from tests.conftest import small_model
@@ -112,3 +113,16 @@ def test_linear_over_positions_is_refused():
     network = nn.Sequential(nn.Linear(3, 3)).double()
     with pytest.raises(bae.errors.ShapeError, match="Flatten"):
         ggn_diagonal(network, parameters_of(network), torch.ones(2, 5, 3), lambda _: torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_bottleneck_bounds_the_rows_that_are_carried(likelihood):
+    """784 outputs, a code of 2: below it two rows are left, whatever the likelihood."""
+    outputs = torch.randn(3, 784, dtype=torch.float64)
+    form = QuadraticForm(784, LIKELIHOODS[likelihood]().output_hessian(outputs))
+    for n_in, width in ((256, 784), (64, 256), (2, 64), (64, 2), (256, 64)):
+        form = form.through_linear(torch.randn(width, n_in, dtype=torch.float64))
+        form = form.through_slope(torch.rand(3, n_in, dtype=torch.float64))
+        if n_in == 256 and width == 784 and likelihood == "Gaussian":
+            assert form.n_rows == 256  # one QR of the output layer, shared by all rows
+    assert form.n_rows == 2 and form.core.shape == (3, 2, 2)

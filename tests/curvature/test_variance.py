@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
-from bayesae.curvature import output_variance
+import bayesae as bae
+from bayesae.curvature import ggn_diagonal, output_variance
 from bayesae.functional import parameters_of
 from tests import twins
 from tests.conftest import small_model
-from tests.curvature.test_diagonal import SHAPES
+from tests.curvature.test_diagonal import SHAPES, close
 
 
 def setting(shape):
@@ -49,3 +51,19 @@ def test_outputs_keep_their_own_shape():
     network = torch.nn.Sequential(model.network, torch.nn.Unflatten(1, (7, 1)))
     renamed = {f"0.{k}": v for k, v in params.items()}, {f"0.{k}": v for k, v in variances.items()}
     assert output_variance(network, *renamed, x)[1].shape == (6, 7, 1)
+
+
+@pytest.mark.parametrize("widths", [(7, 5, 3), (7, 3, 5), (7, 5)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_chain_that_ends_in_an_activation(widths, bias, rows):
+    layers = [nn.Linear(a, b, bias=bias) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    network = nn.Sequential(*(part for layer in layers for part in (layer, nn.Sigmoid()))).double()
+    params = parameters_of(network)
+    variances = {name: torch.rand_like(leaf) for name, leaf in params.items()}
+    jacobian = twins.dense_jacobian(network, rows)
+    expected = (jacobian**2) @ torch.cat([variances[name].flatten() for name in params])
+    assert_close(output_variance(network, params, variances, rows)[1], expected, rtol=1e-10, atol=1e-14)
+    likelihood = bae.likelihoods.Gaussian(0.3)
+    target = torch.zeros(9, widths[-1], dtype=torch.float64)
+    diagonal = ggn_diagonal(network, params, rows, likelihood.output_hessian)
+    close(diagonal, twins.ggn_diagonal(network, rows, likelihood, target))
