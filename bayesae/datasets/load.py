@@ -85,7 +85,7 @@ def load(
     if name == "digits":
         images, targets = _digits(split)
     else:
-        images = torch.from_numpy(_IDX[name].read(split, "images").copy()).float() / 255
+        images = torch.from_numpy(_IDX[name].read(split, "images").copy()).float().div_(255)
         targets = torch.from_numpy(_IDX[name].read(split, "labels").astype(np.int64)) if labels else None
     images = images[:, None]
     return images if targets is None or not labels else (images, targets)
