@@ -1,73 +1,149 @@
-"""What people call data, turned into `Batch`: tensors, arrays, data sets and loaders of x alone."""
+"""What people call data, turned into `Batch`: tensors, arrays, data sets and loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
-from typing import TypeAlias
+from collections.abc import Iterator, Sized
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from bayesae.errors import DataError
+from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
 from bayesae.types import Batch
 
-__all__ = ["Data", "as_rows", "batches", "count_rows"]
+__all__ = ["Data", "as_rows", "batches", "check_counts", "count_rows"]
 
 Data: TypeAlias = Tensor | np.ndarray | Dataset | DataLoader
-r"""x alone, (N, \*data): a tensor, an array, a data set, or a loader; of (x, ...) tuples the first part is read."""
+"""x alone, (N, \\*data): a tensor, an array, a data set, or a loader. Of (x, ...) tuples the first part is read; a
+loader whose collation gives `Batch` is taken at its word, masks and targets included."""
 
 
-def _first(item: object) -> Tensor:
-    x = item[0] if isinstance(item, (tuple, list)) else item
-    if not isinstance(x, Tensor):
-        x = torch.as_tensor(np.asarray(x))
-    return x
-
-
-def _checked(x: Tensor, like: Tensor) -> Tensor:
-    x = x.to(device=like.device, dtype=like.dtype)
-    if len(x) == 0:
-        raise DataError("at least one row", f"a tensor of shape {tuple(x.shape)}", "Give data with N >= 1.")
-    check_finite({"x": x}, "data", "Remove those rows, or fill those entries in.")
-    return x
-
-
-def as_rows(data: Data, like: Tensor) -> Tensor:
-    r"""All rows as one tensor (N, \*data) of the dtype and device of ``like``.
+def check_counts(**counts: int) -> None:
+    """Raise unless every count is at least 1.
 
     Args:
-        data: Anything of `Data`.
+        **counts: Counts by the name of their argument.
+
+    Raises:
+        DataError: Naming those that are not.
+    """
+    bad = {name: value for name, value in counts.items() if value < 1}
+    if bad:
+        raise DataError(f"{', '.join(bad)} of at least 1", f"{bad}", "Leave them out for their defaults.")
+
+
+def as_tensor(x: object) -> Tensor:
+    """A tensor from a tensor or anything that numpy reads, whatever its byte order, strides or flags.
+
+    Args:
+        x: A tensor, an array, or nested numbers.
+
+    Returns:
+        The tensor; it may share memory with ``x`` and is never written to.
+
+    Raises:
+        DataError: If it holds no numbers.
+    """
+    if isinstance(x, Tensor):
+        return x
+    array = np.asarray(x)
+    if array.dtype.kind not in "biuf":
+        raise DataError("an array of numbers", f"dtype {array.dtype}", "Convert it, with .astype(float) say.")
+    native = array.astype(array.dtype.newbyteorder("="), order="C", copy=not array.flags.writeable)
+    return torch.from_numpy(np.ascontiguousarray(native))
+
+
+def _checked(batch: Batch, like: Tensor) -> Batch:
+    """A batch on the device and in the dtype of ``like``; entries that were not observed are set to 0."""
+
+    def moved(x: object) -> Tensor:
+        return as_tensor(x).to(device=like.device, dtype=like.dtype)
+
+    x, mask = moved(batch.x), batch.mask
+    if x.dim() < 2 or len(x) == 0:
+        raise (DataError if x.dim() and len(x) == 0 else ShapeError)(
+            "at least one row, of shape (N, *data)", f"shape {tuple(x.shape)}", "A single row needs a first axis of 1."
+        )
+    if mask is not None:
+        mask = as_tensor(mask).to(like.device)
+        if mask.shape != x.shape or mask.dtype != torch.bool:
+            raise ShapeError(
+                f"a mask of shape {tuple(x.shape)} and dtype bool",
+                f"{tuple(mask.shape)} and {mask.dtype}",
+                "True where an entry was observed.",
+            )
+        x = torch.where(mask, x, 0)
+    named = {"x": x}
+    target = batch.target
+    if target is not None:
+        named["target"] = target = moved(target)
+    check_finite(named, "data", "Remove those rows, fill those entries in, or mask them.")
+    context = None if batch.context is None else as_tensor(batch.context).to(like.device)
+    return Batch(x, mask, context, target, batch.index)
+
+
+def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
+    """All rows as one batch of the dtype and device of ``like``, with row numbers.
+
+    Args:
+        data: Anything of `Data`; a loader must go through its rows in order.
         like: A parameter of the network that will see them.
+        mask: True where x was observed; other entries may be NaN and are set to 0.
 
     Returns:
         The rows; the caller's own tensor where nothing had to change.
+
+    Raises:
+        DataError: If a loader shuffles: the caller could not tell which score is whose.
     """
-    if isinstance(data, (Tensor, np.ndarray)):
-        return _checked(torch.as_tensor(data), like)
-    return torch.cat([batch.x for batch in batches(data, like, batch_size=1024, is_shuffled=False)])
+    if isinstance(data, DataLoader):
+        if not isinstance(data.sampler, SequentialSampler):
+            raise DataError(
+                "rows in their own order", f"a loader with {type(data.sampler).__name__}", "Use shuffle=False."
+            )
+        pieces = list(batches(data, like, batch_size=1, is_shuffled=False))
+        x = torch.cat([piece.x for piece in pieces])
+    elif isinstance(data, Dataset):
+        x = torch.stack([as_tensor(_first(data[i])) for i in range(count_rows(data))])
+    else:
+        x = as_tensor(data)
+    rows = _checked(Batch(x, mask), like)
+    return rows._replace(index=torch.arange(len(rows.x)))
 
 
-def count_rows(data: Data) -> int:
-    """Number N of rows.
+def count_rows(data: Data, n_data: int | None = None) -> int:
+    """Number N of rows that one pass gives.
 
     Args:
         data: Anything of `Data`.
+        n_data: The caller's own word, where the data have no length.
 
     Returns:
-        N.
+        N; of a loader what its sampler gives, less what ``drop_last`` drops.
 
     Raises:
         DataError: If there are none, or the number cannot be known.
     """
-    rows = data.dataset if isinstance(data, DataLoader) else data
-    if not isinstance(rows, Sized):
-        raise DataError("data of known length", f"{type(rows).__name__} without len()", "Wrap it in a tensor.")
-    if len(rows) == 0:
-        raise DataError("at least one row", f"an empty {type(data).__name__}", "Give data with N >= 1.")
-    return len(rows)
+    if n_data is not None:
+        check_counts(n_data=n_data)
+        return n_data
+    rows: Any = data.sampler if isinstance(data, DataLoader) else data
+    if not isinstance(rows, Sized) and not hasattr(rows, "__len__"):
+        raise DataError("data of known length", f"{type(data).__name__} without len()", "Give n_data=.")
+    try:
+        n = len(rows)
+    except TypeError as error:
+        raise DataError("data of known length", f"a loader over a stream ({error})", "Give n_data=.") from error
+    if isinstance(data, DataLoader) and data.drop_last and data.batch_size:
+        n -= n % data.batch_size
+    if n == 0:
+        dropped = isinstance(data, DataLoader) and data.drop_last
+        fix = "Is drop_last dropping all of it?" if dropped else "Give data with N >= 1."
+        raise DataError("at least one row", f"a {type(data).__name__} that gives none", fix)
+    return n
 
 
 def batches(data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool) -> Iterator[Batch]:
@@ -81,29 +157,21 @@ def batches(data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool) -> 
 
     Yields:
         `Batch` with x and, where the order is ours, the row numbers.
-
-    Raises:
-        DataError: If there are no rows.
     """
-    n_data = count_rows(data)
     if isinstance(data, DataLoader):
-        seen = 0
         for item in data:
-            x = _checked(_first(item), like)
-            seen += len(x)
-            yield Batch(x)
-        if seen == 0:
-            raise DataError("at least one batch", "a loader that gave none", "Is drop_last dropping all of it?")
+            yield _checked(item if isinstance(item, Batch) else Batch(as_tensor(_first(item))), like)
         return
+    n_data = count_rows(data)
     order = torch.randperm(n_data) if is_shuffled else torch.arange(n_data)
+    whole = data if isinstance(data, Dataset) else as_tensor(data)
     for index in order.split(batch_size):
-        yield Batch(_checked(_rows(data, index), like), index=index)
+        if isinstance(whole, Tensor):
+            rows = whole[index.to(whole.device)]
+        else:
+            rows = torch.stack([as_tensor(_first(whole[i])) for i in index.tolist()])
+        yield _checked(Batch(rows, index=index), like)
 
 
-def _rows(data: Tensor | np.ndarray | Dataset, index: Tensor) -> Tensor:
-    if isinstance(data, Tensor):
-        return data[index.to(data.device)]
-    if isinstance(data, np.ndarray):
-        return torch.as_tensor(data[index.numpy()])
-    items: Iterable[int] = index.tolist()
-    return torch.stack([_first(data[i]) for i in items])
+def _first(item: object) -> object:
+    return item[0] if isinstance(item, (tuple, list)) else item

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.errors import DataError, UnsupportedError
+from bayesae.errors import UnsupportedError
 from bayesae.types import Likelihood
 
 __all__ = [
     "Draws",
     "Moments",
     "concatenate_rows",
+    "concatenate_weight_draws",
     "logmeanexp_over_latents",
     "logmeanexp_over_weights",
     "mean_over_weights",
@@ -108,8 +110,9 @@ class Moments:
               + \underbrace{\operatorname{Var}_\theta \mathbb{E}_z \mathbb{E}[x \mid z, \theta]}_{weights}
 
     Every field has the data's own shape (B, \*data). Parts from draws are the moments *of the mixture of
-    those draws* (divisor S, not S - 1), so that they add up exactly; times S / (S - 1) the weight part is
-    unbiased for the posterior's.
+    those draws* (divisors S and K, not S - 1 and K - 1), so that they add up exactly. As estimates of the posterior's
+    own, the sum is low by a share 1 / S, and of a stochastic code the weight part holds 1 / K of the code's variance
+    (all of it for K = 1): take K of 10 or more to tell the two apart.
 
     Args:
         mean: Predictive mean, units of x.
@@ -117,7 +120,8 @@ class Moments:
         code: Variance due to the code.
         weights: Variance due to the weights.
         likelihood: The likelihood in whose data space this lives.
-        standard_error: Monte-Carlo standard error of ``mean``; None where the moments are closed form.
+        standard_error: Monte-Carlo standard error of ``mean``; infinite for a single draw, None where nothing was
+            sampled: closed forms, and particles that were all run.
     """
 
     mean: Tensor
@@ -137,7 +141,7 @@ class Moments:
         """Predictive variance: the sum of the three parts."""
         return self.noise + self.code + self.weights
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor | np.ndarray) -> Tensor:
         r"""Pixel-wise log predictive density of ``x`` (B, \*data) with these moments, (B, \*data), in nats.
 
         Args:
@@ -146,7 +150,9 @@ class Moments:
         Returns:
             Of N(mean, total) for a Gaussian likelihood, of Bernoulli(mean) for a Bernoulli one.
         """
-        return self.likelihood.log_predictive(self.mean, self.total, x.reshape(self.mean.shape))
+        return self.likelihood.log_predictive(
+            self.mean, self.total, torch.as_tensor(x).to(self.mean).reshape(self.mean.shape)
+        )
 
 
 Record = TypeVar("Record", Draws, Moments)
@@ -160,18 +166,27 @@ def concatenate_rows(pieces: Sequence[Record]) -> Record:
 
     Returns:
         One record of that type.
-
-    Raises:
-        DataError: If there is no piece.
     """
-    if not pieces:
-        raise DataError("at least one row", "no rows", "Give a tensor with B >= 1.")
-    axes = _ROW_AXES[type(pieces[0])]
-    joined = {
-        name: torch.cat([getattr(piece, name) for piece in pieces], axis)
-        for name, axis in axes.items()
-        if getattr(pieces[0], name) is not None
-    }
+    return _joined(pieces, _ROW_AXES[type(pieces[0])])
+
+
+def concatenate_weight_draws(pieces: Sequence[Draws]) -> Draws:
+    """Join `Draws` of the same rows under consecutive weight draws along S.
+
+    Args:
+        pieces: Records of the same number of code draws.
+
+    Returns:
+        One record.
+    """
+    return _joined(pieces, {name: axis - 1 for name, axis in _ROW_AXES[Draws].items()})
+
+
+def _joined(pieces: Sequence[Record], axes: dict[str, int]) -> Record:
+    if len(pieces) == 1:
+        return pieces[0]
+    parts = {name: [getattr(piece, name) for piece in pieces] for name in axes}
+    joined = {name: torch.cat(part, axes[name]) for name, part in parts.items() if part[0] is not None}
     return replace(pieces[0], **joined)
 
 

@@ -11,6 +11,7 @@ from bayesae.errors import NonFiniteError, ParameterError, ShapeError, Unsupport
 from bayesae.types import Params
 
 __all__ = [
+    "at_least_float32",
     "check_complete",
     "check_is_evaluable",
     "check_finite",
@@ -64,13 +65,22 @@ def check_is_evaluable(module: nn.Module) -> None:
         module: The module about to be evaluated at given weights.
 
     Raises:
-        UnsupportedError: If a dropout layer or a layer with running statistics is in training mode.
+        UnsupportedError: If a dropout layer or a layer with running statistics is in training mode, or batch
+            normalisation has no running statistics.
     """
     for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+            raise UnsupportedError(
+                "rows that do not depend on one another",
+                f"{type(layer).__name__} {name!r} without running statistics",
+                "Use track_running_stats=True, or layer or group normalisation.",
+            )
         if not layer.training:
             continue
         if getattr(layer, "running_mean", None) is not None:
             what = "running statistics in training mode: rows of a batch would depend on one another"
+        elif isinstance(layer, nn.RReLU):
+            what = "random slopes in training mode: two evaluations would differ"
         elif isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
             what = "dropout in training mode: two evaluations would differ"
         else:
@@ -101,6 +111,11 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     if len(dtypes) > 1:
         raise ShapeError("one dtype throughout", f"{sorted(map(str, dtypes))}", "Call model.to(dtype).")
     return dtypes.pop()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is narrower: sums of hundreds of terms lose their digits in half precision."""
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def n_draws(params: Params) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesae.errors import DataError, UnsupportedError
-from bayesae.functional import parameters_of
+from bayesae.functional import at_least_float32, parameters_of
 from bayesae.types import Batch, Likelihood, Params, WeightPrior
 
 __all__ = ["IsotropicNormal", "LogJoint"]
@@ -36,7 +36,7 @@ class IsotropicNormal:
 
     def log_prob(self, params: Params) -> Tensor:
         """Log-density in nats, (S,)."""
-        squares = torch.stack([(leaf**2).flatten(1).sum(1) for leaf in params.values()]).sum(0)
+        squares = torch.stack([(at_least_float32(leaf) ** 2).flatten(1).sum(1) for leaf in params.values()]).sum(0)
         n = sum(leaf[0].numel() for leaf in params.values())
         return 0.5 * (n * math.log(self.precision / (2 * math.pi)) - self.precision * squares)
 
@@ -55,6 +55,9 @@ class LogJoint:
         n_data: N, rows in the whole data set.
         temperature: T; the joint's estimate is divided by it. 1 is Bayes; below 1 is a colder posterior.
         is_deterministic: Whether ``per_example`` gives the same value twice; Metropolis steps and evidence need it.
+
+    Raises:
+        DataError: If the temperature is not positive, or there is no row.
     """
 
     network: nn.Module
@@ -64,6 +67,12 @@ class LogJoint:
     n_data: int
     temperature: float = 1.0
     is_deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf or self.n_data < 1:
+            raise DataError(
+                "a positive temperature and n_data >= 1", f"{self.temperature} and {self.n_data}", "1 is Bayes."
+            )
 
     def estimate(self, params: Params, batch: Batch) -> Tensor:
         r"""Unbiased estimate of log p(D, theta) / T from one batch, (S,), in nats.
@@ -85,10 +94,17 @@ class LogJoint:
             Every parameter in its own shape; the network itself is not touched.
 
         Raises:
-            UnsupportedError: If a layer with parameters of its own does not know how to reset them.
+            UnsupportedError: If a layer with parameters of its own does not know how to reset them, or has running
+                statistics, which a draw of parameters does not hold.
         """
         network = copy.deepcopy(self.network)
         for name, layer in network.named_modules():
+            if getattr(layer, "running_mean", None) is not None:
+                raise UnsupportedError(
+                    "layers whose state is all in their parameters",
+                    f"{type(layer).__name__} {name!r} with running statistics of another training",
+                    "Use layer or group normalisation.",
+                )
             if next(layer.parameters(recurse=False), None) is None:
                 continue
             if not callable(reset := getattr(layer, "reset_parameters", None)):

@@ -9,12 +9,15 @@ Outputs have shape (..., B, \*O) and targets (B, \*O).
 from __future__ import annotations
 
 import math
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesae.errors import DataError, NotFittedError
+from bayesae.functional import at_least_float32
 
 __all__ = ["Bernoulli", "Gaussian"]
 
@@ -89,6 +92,7 @@ class Gaussian(nn.Module):
     def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log-density in nats, (..., B)."""
         var = self.noise_var
+        outputs = at_least_float32(outputs)
         values = -0.5 * ((target - outputs) ** 2 / var + math.log(2 * math.pi * var))
         return _sum_outputs(values, target, mask)
 
@@ -126,6 +130,14 @@ _PROBIT_RATES = (
     1.365340806296348, 1.059523971016916, 0.830791313765644, 0.650732166639391,
     0.508135425366489, 0.396313345166341, 0.308904252267995, 0.238212616409306,
 )  # fmt: skip
+_NARROW = 6.0  # variance of a logit up to which 48 nodes are the better of the two
+
+
+@cache
+def _hermite() -> tuple[list[float], list[float]]:
+    """Nodes and normalised weights of a Gauss-Hermite rule for a standard Normal."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(48)
+    return nodes.tolist(), (weights / weights.sum()).tolist()
 
 
 class Bernoulli(nn.Module):
@@ -163,6 +175,7 @@ class Bernoulli(nn.Module):
 
     def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Log-probability in nats, (..., B)."""
+        outputs = at_least_float32(outputs)
         return _sum_outputs(target * outputs - F.softplus(outputs), target, mask)
 
     def mean(self, outputs: Tensor) -> Tensor:
@@ -180,23 +193,35 @@ class Bernoulli(nn.Module):
     def normal_moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""Moments of p when the logit is Normal.
 
-        The logistic function is a sum of eight Normal distribution functions to 3e-9, and a Normal
-        distribution function has a closed-form expectation under a Normal, so both moments do; the second
-        one through :math:`p^2 = p - p'`. No quadrature that fails at a wide variance, no sampling.
+        Up to a logit variance of 6 by Gauss-Hermite quadrature, of deviations from the mean's own p, so that a small
+        variance does not drown in rounding. Above, where quadrature fails, in closed form: the logistic function is
+        a sum of eight Normal distribution functions to 3e-9, a Normal distribution function has a closed-form
+        expectation under a Normal, and :math:`p^2 = p - p'` gives the second moment.
 
         Args:
             mean: Means of the logits, (..., B, \*O).
             var: Their variances, the same shape.
 
         Returns:
-            Mean of p, expectation of p (1 - p), variance of p; the last two add up to mean (1 - mean).
+            Mean of p, expectation of p (1 - p), variance of p; the last two add up to mean (1 - mean). The variance is
+            exact to 2e-5 of itself at worst, where the two meet, and to rounding below 1.
         """
+        centre, scale = mean.sigmoid(), var.sqrt()
+        first, second = torch.zeros_like(mean), torch.zeros_like(mean)
+        for node, weight in zip(*_hermite(), strict=True):
+            shift = (mean + node * scale).sigmoid() - centre
+            first, second = first + weight * shift, second + weight * shift**2
+
         probability, slope = torch.zeros_like(mean), torch.zeros_like(mean)
         for weight, rate in zip(_PROBIT_WEIGHTS, _PROBIT_RATES, strict=True):
-            scale = torch.sqrt(var + 1 / rate**2)
-            probability = probability + weight * torch.special.ndtr(mean / scale)
-            slope = slope + weight * torch.exp(-0.5 * (mean / scale) ** 2) / (scale * math.sqrt(2 * math.pi))
-        return probability, slope, (probability * (1 - probability) - slope).clamp(min=0)
+            width = torch.sqrt(var + 1 / rate**2)
+            probability = probability + weight * torch.special.ndtr(mean / width)
+            slope = slope + weight * torch.exp(-0.5 * (mean / width) ** 2) / (width * math.sqrt(2 * math.pi))
+
+        is_narrow = var <= _NARROW
+        probability = torch.where(is_narrow, centre + first, probability)
+        spread = torch.where(is_narrow, second - first**2, probability * (1 - probability) - slope).clamp(min=0)
+        return probability, probability * (1 - probability) - spread, spread
 
     def log_predictive(self, mean: Tensor, var: Tensor, target: Tensor) -> Tensor:
         """Log Bernoulli(target; mean), pixel by pixel; a binary pixel's law has no second parameter."""

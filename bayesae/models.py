@@ -5,15 +5,22 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from typing import Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.errors import BayesAEError, ShapeError, UnsupportedError
 from bayesae.functional import check_complete, check_is_evaluable, dtype_of, map_over_draws
 from bayesae.types import Likelihood, Params
 
 __all__ = ["Autoencoder", "Bound", "wrap"]
+
+
+# networks that torch.func.vmap was found not to map; kept here and not on the caller's modules
+_RUN_IN_A_LOOP: WeakSet[nn.Module] = WeakSet()
+# what torch says of rows that do not fit, over its versions and layers
+_MISFIT = ("shape", "size", "dimension", "channels", "Expected")
 
 
 class Autoencoder(nn.Module):
@@ -41,7 +48,6 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.likelihood = likelihood
-        self._is_vmappable = {"encoder": True, "decoder": True}
         dtype_of(self)
         shared = {id(p) for p in encoder.parameters()} & {id(p) for p in decoder.parameters()}
         if shared:
@@ -134,22 +140,24 @@ class Bound:
         return outputs.unflatten(1, (-1, n_rows)).transpose(0, 1).reshape(*lead, n_weight_draws, n_rows, *shape)
 
     def _map(self, name: Literal["encoder", "decoder"], x: Tensor, *, x_has_draws: bool) -> Tensor:
-        model, module = self.model, self.model.get_submodule(name)
+        module = self.model.get_submodule(name)
         try:
             if self.params is None:
                 return module(x[0] if x_has_draws else x)[None]
             start = len(name) + 1
             own = {key[start:]: leaf for key, leaf in self.params.items() if key.startswith(f"{name}.")}
-            if model._is_vmappable[name]:
+            if module not in _RUN_IN_A_LOOP:
                 try:
                     return map_over_draws(module, own, x, x_has_draws, use_vmap=True)
+                except torch.OutOfMemoryError:
+                    raise
                 except RuntimeError:  # not mappable, or wrong rows: the loop tells which
                     result = map_over_draws(module, own, x, x_has_draws, use_vmap=False)
-                    model._is_vmappable[name] = False
+                    _RUN_IN_A_LOOP.add(module)
                     return result
             return map_over_draws(module, own, x, x_has_draws, use_vmap=False)
-        except RuntimeError as error:
-            if "shapes cannot be multiplied" not in str(error):
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, (BayesAEError, torch.OutOfMemoryError)) or not any(w in str(error) for w in _MISFIT):
                 raise
             raise ShapeError(
                 f"rows that the {name} takes",

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from bayesae import random
 from bayesae.codes import CodePosterior, encode
 from bayesae.codes.base import score_outputs
-from bayesae.data import Data, as_rows
-from bayesae.draws import Draws, Moments, concatenate_rows
+from bayesae.data import Data, as_rows, check_counts
+from bayesae.draws import Draws, Moments, concatenate_rows, concatenate_weight_draws
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
 from bayesae.models import Autoencoder
-from bayesae.types import Batch, Params, WeightPosterior
+from bayesae.types import Batch, Likelihood, Params, WeightPosterior
 
 __all__ = ["Predictive"]
 
 _N_DRAWS = 32  # of a continuous posterior where the caller does not say
 _ROWS_AT_ONCE = 4096  # network rows (weight draws times code draws times data rows) in one call
+_NUMBERS_OF_WEIGHTS = 2**24  # in one block of weight draws, 64 MB in float32
 
 
 @runtime_checkable
@@ -76,35 +77,45 @@ class Predictive:
         n_weight_draws: int | None = None,
         n_latent_draws: int = 1,
         seed: int | None = None,
-        chunk_size: int = _ROWS_AT_ONCE,
+        chunk_size: int | None = None,
         keep_outputs: bool = False,
     ) -> Draws:
         r"""Draw codes and weights and give every draw's log-densities.
 
         Args:
             x: Rows (N, \*data).
-            mask: True where x is observed, (N, \*data).
+            mask: True where x is observed, (N, \*data); other entries may be NaN, are read as 0 and not scored.
             n_weight_draws: S; None takes all particles once, or 32 draws of a continuous posterior.
             n_latent_draws: K.
             seed: The same seed gives the same bits; the caller's generators are put back. None advances them.
-            chunk_size: Network rows (K times S times data rows) in one call; changes memory, and numbers by
-                rounding only.
+            chunk_size: Network rows (K times S times data rows) in one call, 4096 if None; changes memory, and
+                numbers by rounding only (of a stochastic code, if its noise is keyed on ``Batch.index``, as
+                `bayesae.random.row_normal` does).
             keep_outputs: Keep natural parameters (K, S, N, \*O) too.
 
         Returns:
             `Draws` over all rows.
+
+        Cost: S * K forward passes a row, two to three times that where linearised; memory of one chunk, of 64 MB of
+            weights, and of the densities.
+
+        Raises:
+            ShapeError: If rows or mask do not fit.
+            DataError: If there are no rows, they lie outside the likelihood's range, or a loader shuffles them.
+            NonFiniteError: If an observed entry or a log-density is not finite.
+            UnsupportedError: If the network or the code does not allow what is asked.
         """
-        rows = self._rows(x)
-        with random.scope(seed, rows.device):
-            params = self._draw_weights(n_weight_draws)
-            pieces = []
-            for batch in self._chunks(rows, mask, n_draws(params) * n_latent_draws, chunk_size):
-                draws = self._evaluate(params, batch, n_latent_draws)
-                pieces.append(draws if keep_outputs else draws.without_outputs())
-        result = concatenate_rows(pieces)
-        check_finite(
-            {"log_likelihood": result.log_likelihood}, "log-densities", "Are the inputs far outside the training range?"
-        )
+        size = _chunk(chunk_size)
+        with random.scope(seed, self.model.reference.device):
+            rows = self._rows(x, mask)
+            blocks = []
+            for params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
+                chunks = self._chunks(rows, n_draws(params) * n_latent_draws, size)
+                pieces = (self._evaluate(params, batch, n_latent_draws) for batch in chunks)
+                blocks.append(concatenate_rows([d if keep_outputs else d.without_outputs() for d in pieces]))
+        result = concatenate_weight_draws(blocks)
+        fix = "Are the inputs far outside the training range?"
+        check_finite({"log_likelihood": result.log_likelihood}, "log-densities", fix)
         return result
 
     @torch.no_grad()
@@ -125,7 +136,7 @@ class Predictive:
 
         Args:
             x: Rows (N, \*data).
-            mask: True where x is observed; for code posteriors that read it.
+            mask: As in a call.
             n_weight_draws: S as in a call; only read where draws are made. Giving it asks for draws even where
                 the closed form is at hand.
             n_latent_draws: K, likewise.
@@ -136,21 +147,25 @@ class Predictive:
             `Moments`.
 
         Exact when: linearised, Normal, deterministic code; with particles, as the moments of their mixture.
-        Cost: closed form, a few forward passes a row; else S * K forward passes.
+        Cost: closed form, a few forward passes a row; else as a call's, and memory flat in S.
+
+        Raises:
+            ShapeError: If rows or mask do not fit.
+            DataError: If there are no rows, they lie outside the likelihood's range, or a loader shuffles them.
+            NonFiniteError: If an observed entry or a moment is not finite.
+            UnsupportedError: If the network or the code does not allow what is asked.
         """
-        rows = self._rows(x)
-        is_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
-        if is_closed_form and self._codes is encode and n_weight_draws is None:
-            moments = self._closed_form(rows, chunk_size)
-        else:
-            size = _ROWS_AT_ONCE if chunk_size is None else chunk_size
-            with random.scope(seed, rows.device):
-                params = self._draw_weights(n_weight_draws)
-                chunks = self._chunks(rows, mask, n_draws(params) * n_latent_draws, size)
-                moments = concatenate_rows([self._pooled(params, batch, n_latent_draws, size) for batch in chunks])
+        with random.scope(seed, self.model.reference.device):
+            rows = self._rows(x, mask)
+            has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
+            if has_closed_form and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
+                moments = self._closed_form(rows.x, chunk_size)
+            else:
+                moments = self._streamed(rows, n_weight_draws, n_latent_draws, _chunk(chunk_size))
         shaped = {name: getattr(moments, name) for name in ("mean", "noise", "code", "weights", "standard_error")}
-        shaped = {name: v if v is None else v.reshape(rows.shape) for name, v in shaped.items()}
-        check_finite({k: v for k, v in shaped.items() if v is not None}, "moments", "Are the inputs far out of range?")
+        shaped = {name: v if v is None else v.reshape(rows.x.shape) for name, v in shaped.items()}
+        finite = {name: v for name, v in shaped.items() if v is not None and name != "standard_error"}
+        check_finite(finite, "moments", "Are the inputs far outside the training range?")
         return replace(moments, **shaped)
 
     def decoder(self, n_weight_draws: int | None = None, *, seed: int | None = None) -> Callable[[Tensor], Tensor]:
@@ -164,7 +179,7 @@ class Predictive:
             A differentiable function from codes (B, Z) to data-space means (S, B, \*O).
         """
         with random.scope(seed, self.model.reference.device):
-            params = self._draw_weights(n_weight_draws)
+            params = self.weights.sample(self._n_draws(n_weight_draws))
         mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
 
         def decode(z: Tensor) -> Tensor:
@@ -180,23 +195,35 @@ class Predictive:
     def _codes(self) -> CodePosterior:
         return encode if self.codes is None else self.codes
 
-    def _rows(self, x: Data) -> Tensor:
-        rows = as_rows(x, self.model.reference)
-        self.model.likelihood.check(rows)
+    def _rows(self, x: Data, mask: Tensor | None) -> Batch:
+        rows = as_rows(x, self.model.reference, mask)
+        self.model.likelihood.check(rows.x)
         return rows
 
-    def _draw_weights(self, n_weight_draws: int | None) -> Params:
+    def _n_draws(self, n_weight_draws: int | None) -> int:
         n = (self.weights.n_atoms or _N_DRAWS) if n_weight_draws is None else n_weight_draws
-        if n < 1:
-            raise ShapeError("n_weight_draws >= 1", f"{n}", "32 is the default.")
-        return self.weights.sample(n)
+        check_counts(n_weight_draws=n)
+        return n
 
-    def _chunks(self, rows: Tensor, mask: Tensor | None, n_calls: int, chunk_size: int) -> Iterator[Batch]:
-        if mask is not None and mask.shape != rows.shape:
-            raise ShapeError(f"a mask of shape {tuple(rows.shape)}", f"{tuple(mask.shape)}", "One entry a number.")
-        size = max(1, chunk_size // n_calls)
-        for index in torch.arange(len(rows)).split(size):
-            yield Batch(rows[index], None if mask is None else mask[index], index=index)
+    def _weight_blocks(self, n_weight_draws: int | None, n_latent_draws: int, chunk_size: int) -> Iterator[Params]:
+        """Draws of the weights, as many at a time as memory and the chunk allow."""
+        check_counts(n_latent_draws=n_latent_draws)
+        n = self._n_draws(n_weight_draws)
+        n_parameters = sum(leaf.numel() for leaf in self.weights.mean.values())
+        step = max(1, min(n, chunk_size // n_latent_draws, _NUMBERS_OF_WEIGHTS // n_parameters))
+        # particles at once, so that they come as evenly as they can
+        particles = None if self.weights.n_atoms is None else self.weights.sample(n)
+        for start in range(0, n, step):
+            stop = min(n, start + step)
+            yield (
+                self.weights.sample(stop - start) if particles is None else select_draws(particles, slice(start, stop))
+            )
+
+    def _chunks(self, rows: Batch, n_calls: int, chunk_size: int) -> Iterator[Batch]:
+        assert rows.index is not None
+        for index in rows.index.split(max(1, chunk_size // n_calls)):
+            part = slice(int(index[0]), int(index[-1]) + 1)
+            yield Batch(rows.x[part], None if rows.mask is None else rows.mask[part], index=index)
 
     def _evaluate(self, params: Params, batch: Batch, n_latent_draws: int) -> Draws:
         if not self.is_linearised:
@@ -221,20 +248,25 @@ class Predictive:
         mean, noise, weights = self.model.likelihood.normal_moments(outputs, variance)
         return Moments(mean, noise, torch.zeros_like(mean), weights, self.model.likelihood)
 
-    def _pooled(self, params: Params, batch: Batch, n_latent_draws: int, chunk_size: int) -> Moments:
-        """Moments of one chunk of rows, streamed over the draws of weights."""
-        likelihood = self.model.likelihood
-        step = max(1, chunk_size // (len(batch.x) * n_latent_draws))
-        pooled = _Pool()
-        for start in range(0, n_draws(params), step):
-            draws = self._evaluate(select_draws(params, slice(start, start + step)), batch, n_latent_draws)
-            assert draws.outputs is not None
-            mean = likelihood.mean(draws.outputs)
-            noise = likelihood.variance(draws.outputs).mean(0)
-            pooled.add(mean.mean(0), noise, mean.var(0, correction=0))
-        n = pooled.count
-        error = torch.sqrt((pooled.weights + pooled.code / n_latent_draws) / n)
-        return Moments(pooled.mean, pooled.noise, pooled.code, pooled.weights, likelihood, error)
+    def _streamed(self, rows: Batch, n_weight_draws: int | None, n_latent_draws: int, chunk_size: int) -> Moments:
+        """Moments over draws: one running mean and variance for every chunk of rows."""
+        likelihood, pools, is_point = self.model.likelihood, {}, True
+        for params in self._weight_blocks(n_weight_draws, n_latent_draws, chunk_size):
+            # chunks are cut for one weight draw and split further inside, so that all blocks meet the same ones
+            for start, batch in enumerate(self._chunks(rows, n_latent_draws, chunk_size)):
+                step = max(1, chunk_size // (len(batch.x) * n_latent_draws))
+                for first in range(0, n_draws(params), step):
+                    some = select_draws(params, slice(first, first + step))
+                    draws = self._evaluate(some, batch, n_latent_draws)
+                    assert draws.outputs is not None
+                    is_point = draws.log_q is None
+                    mean = likelihood.mean(draws.outputs)
+                    noise = likelihood.variance(draws.outputs).mean(0)
+                    pools.setdefault(start, _Pool()).add(mean.mean(0), noise, mean.var(0, correction=0))
+        # particles that each came equally often, with a code that has nothing to draw, are the whole integral
+        n, n_atoms = pools[0].count, self.weights.n_atoms
+        is_exact = is_point and n_atoms is not None and n % n_atoms == 0
+        return concatenate_rows([pool.moments(likelihood, is_exact) for pool in pools.values()])
 
 
 class _Pool:
@@ -257,6 +289,14 @@ class _Pool:
             self.code = self.code + share * (new[2] - self.code)
         self.count += n_new
 
+    def moments(self, likelihood: Likelihood, is_exact: bool) -> Moments:
+        """What was taken in; the error of the mean from the spread over weight draws, infinite for one draw."""
+        error = None
+        if not is_exact:
+            unknown = torch.full_like(self.mean, torch.inf)
+            error = torch.sqrt(self.weights / (self.count - 1)) if self.count > 1 else unknown
+        return Moments(self.mean, self.noise, self.code, self.weights, likelihood, error)
+
 
 def _linearise(run: Callable[[Params], tuple[Tensor, ...]], mean: Params, params: Params) -> tuple[Tensor, ...]:
     r"""First-order expansion of ``run`` around ``mean`` (leaves (1, \*shape)), at every draw: leading axis S."""
@@ -265,8 +305,14 @@ def _linearise(run: Callable[[Params], tuple[Tensor, ...]], mean: Params, params
         value, slope = torch.func.jvp(run, (mean,), (shift,))  # pyright: ignore[reportAssignmentType] - no aux
         return tuple(v + s for v, s in zip(value, slope, strict=True))
 
-    shifts = {name: (leaf - mean[name])[:, None] for name, leaf in params.items()}
+    shifts = {name: (params[name] - leaf)[:, None] for name, leaf in mean.items()}
     return torch.func.vmap(one)(shifts)
+
+
+def _chunk(chunk_size: int | None) -> int:
+    if chunk_size is not None:
+        check_counts(chunk_size=chunk_size)
+    return _ROWS_AT_ONCE if chunk_size is None else chunk_size
 
 
 def _check_size(n_outputs: int, rows: Tensor) -> None:

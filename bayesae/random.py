@@ -8,37 +8,43 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["per_draw", "scope"]
+__all__ = ["per_draw", "row_normal", "scope"]
+
+_MAX_SEED = 2**62
 
 
 @contextmanager
-def scope(seed: int | None, device: torch.device | str = "cpu") -> Generator[None, None, None]:
+def scope(seed: int | None, device: torch.device | str = "cpu") -> Generator[None]:
     """Run a block under ``seed`` and restore the global generators afterwards.
 
     ``torch.distributions`` takes no generator, so randomness inside the library comes from the global one;
-    this context is opened once, by the outermost call.
+    this context is opened once, by the outermost call. Generators of other devices are not touched.
 
     Args:
-        seed: The seed; None leaves the caller's generator to advance as any torch call would.
-        device: Where numbers are drawn; its generator is restored too.
+        seed: The seed; None takes one from the caller's generator, which thereby advances as in any torch call.
+        device: Where numbers are drawn; its generator is seeded and restored too.
 
     Yields:
         None.
     """
     if seed is None:
-        yield
-        return
+        seed = int(torch.randint(_MAX_SEED, ()))
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    is_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        # not torch.manual_seed: that seeds every device, and only these are restored
+        torch.default_generator.manual_seed(seed)
+        if is_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 
 def per_draw(n: int, draw: Callable[[torch.Generator], Tensor], device: torch.device | str = "cpu") -> Tensor:
     """Stack ``n`` draws that each have a generator of their own, (S = n, ...).
 
-    Every draw's seed is taken from the global generator first, so the first n of 2n draws are the n draws:
-    asking for more refines a result and never replaces it.
+    Every draw's seed is taken from the global generator first, so the first n of 2n draws are the n draws, in one
+    call or in several: asking for more refines a result and never replaces it.
 
     Args:
         n: Number of draws.
@@ -48,5 +54,29 @@ def per_draw(n: int, draw: Callable[[torch.Generator], Tensor], device: torch.de
     Returns:
         The draws, stacked along a new first axis.
     """
-    seeds = torch.randint(2**62, (n,)).tolist()
+    seeds = torch.randint(_MAX_SEED, (n,)).tolist()
     return torch.stack([draw(torch.Generator(device).manual_seed(seed)) for seed in seeds])
+
+
+def row_normal(index: Tensor, draws: tuple[int, ...], size: int, like: Tensor) -> Tensor:
+    r"""Standard normal noise for stochastic codes, (\*draws, B, size): a function of the seed and of the row only.
+
+    Every row has a generator of its own, keyed on the seed of the enclosing `scope` and the row's number, so the
+    noise does not depend on how rows are put into chunks. No global random number is used up.
+
+    Args:
+        index: Row numbers, (B,), as in ``Batch.index``.
+        draws: Sizes of the draw axes, such as (K, S).
+        size: Numbers a row and draw.
+        like: Gives dtype and device.
+
+    Returns:
+        The noise.
+    """
+    key = torch.initial_seed()
+    rows = []
+    for row in index.tolist():
+        # an odd multiplier keeps (key, row) apart from (key + 1, row - 1)
+        generator = torch.Generator().manual_seed((key * 0x9E3779B97F4A7C15 + row) % _MAX_SEED)
+        rows.append(torch.randn(*draws, size, generator=generator, dtype=torch.float64))
+    return torch.stack(rows, -2).to(like)

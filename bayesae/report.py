@@ -31,22 +31,25 @@ class Flags:
         full: All rows of the data in place of the recipe's subset.
         seeds: One run each.
         json: Where records go, or None.
-        figures: Folder of the figures, or None for none.
+        figures: Folder of the figures.
     """
 
     fast: bool
     full: bool
     seeds: tuple[int, ...]
     json: Path | None
-    figures: Path | None
+    figures: Path
 
 
-def flags(doc: str | None, *, seeds: Sequence[int] = (0,), argv: Sequence[str] | None = None) -> Flags:
+def flags(
+    doc: str | None, *, seeds: Sequence[int] = (0,), has_full: bool = False, argv: Sequence[str] | None = None
+) -> Flags:
     """Read the flags that all recipes understand.
 
     Args:
         doc: The recipe's docstring, shown by ``--help``.
         seeds: Default seeds.
+        has_full: Whether there is more data than the recipe takes by default, and so a ``--full``.
         argv: Arguments; the command line's if None.
 
     Returns:
@@ -54,12 +57,13 @@ def flags(doc: str | None, *, seeds: Sequence[int] = (0,), argv: Sequence[str] |
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="a run of seconds that checks the code, not the claim")
-    parser.add_argument("--full", action="store_true", help="all rows of the data, not the recipe's subset")
+    if has_full:
+        parser.add_argument("--full", action="store_true", help="all rows of the data, not the recipe's subset")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="one run each")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder of the figures")
     given = parser.parse_args(argv)
-    return Flags(given.fast, given.full, tuple(given.seeds), given.json, given.figures)
+    return Flags(given.fast, has_full and given.full, tuple(given.seeds), given.json, given.figures)
 
 
 @dataclass(frozen=True)
@@ -160,12 +164,14 @@ def table(
         The table; cells are ``mean ± standard deviation`` (divisor n - 1) where there are several seeds.
 
     Raises:
-        DataError: If no record is left.
+        DataError: If no record has such a metric or method.
     """
     wanted = {"metric": metrics, "method": methods}
+    known = {field: {getattr(row, field) for row in records.rows} for field in wanted}
+    missing = [name for field, names in wanted.items() for name in names or () if name not in known[field]]
+    if missing:
+        raise DataError(f"names of {known}", f"{missing}", "Check the spelling.")
     rows = [row for row in records.rows if all(not w or getattr(row, k) in w for k, w in wanted.items())]
-    if not rows:
-        raise DataError("records to show", f"none of metrics {metrics} and methods {methods}", "Check the names.")
     across = list(wanted[columns] or dict.fromkeys(getattr(row, columns) for row in rows))
     down = [field for field in ("data", "setting", "method", "metric") if field != columns]
     down = [field for field in down if len({getattr(row, field) for row in rows}) > 1]

@@ -58,11 +58,11 @@ class Subset:
             params: Parameters in their own shapes.
 
         Raises:
-            ParameterError: If a name is unknown, or nothing is chosen.
+            ParameterError: If a name is unknown.
             ShapeError: If a mask has another shape.
         """
         unknown = self.masks.keys() - params.keys()
-        if unknown or not self.masks:
+        if unknown:
             raise ParameterError(
                 f"masks for some of {sorted(params)}", f"unknown names {sorted(unknown)}", "See Subset.of."
             )
@@ -80,7 +80,8 @@ class Subset:
 
     def ravel(self, params: Params) -> Tensor:
         r"""The chosen weights as one vector, leaves (..., \*shape) to (..., P)."""
-        return torch.cat([params[name][..., mask.to(params[name].device)] for name, mask in self.masks.items()], -1)
+        parts = [params[name][..., mask.to(params[name].device)] for name, mask in self.masks.items()]
+        return torch.cat(parts, -1) if parts else next(iter(params.values())).new_zeros(0)
 
     def scatter(self, values: Tensor, onto: Params) -> Params:
         r"""Put a vector of chosen weights back among all parameters; the inverse of `ravel`.

@@ -35,9 +35,7 @@ N_IMAGES, N_FIT = 64, 512
 def images(n: int) -> Tensor:
     """MNIST where it is at hand, else random images: the cost does not depend on them."""
     if os.environ.get("BAYESAE_DATA"):
-        rows = bae.datasets.load("mnist")
-        assert isinstance(rows, Tensor)
-        return rows[:n]
+        return bae.datasets.load("mnist")[:n]
     return torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 

@@ -181,7 +181,7 @@ def main() -> None:
         records.expect(0.93, 0.03, method="Laplace", metric="AUROC left-out digits")
         records.expect(0.76, 0.04, method="Laplace", metric="AUROC blends")
         records.expect(1.5, 1.0, method="Laplace over MAP", metric="log density")
-    if flags.figures and world is not None:
+    if world is not None:
         draw(
             {name: predictive for name, (predictive, _) in fitted.items()},
             world.tests,

@@ -45,12 +45,12 @@ def test_bootstrap_covers_the_truth_and_leaves_the_generator():
     exact = float(torch.special.ndtr(torch.tensor(0.8 / math.sqrt(2))))
     state, hits = torch.get_rng_state(), 0
     generator = torch.Generator().manual_seed(7)
-    for trial in range(60):
+    for trial in range(30):
         a = torch.randn(120, generator=generator)
         b = torch.randn(120, generator=generator) + 0.8
-        interval = metrics.bootstrap_interval(metrics.auroc, a, b, seed=trial, n_resamples=100)
+        interval = metrics.bootstrap_interval(metrics.auroc, a, b, seed=trial, n_resamples=60)
         hits += interval.low <= exact <= interval.high
-    assert hits >= 50  # of 60 at 95 %: below 50 has probability 1e-4
+    assert hits >= 24  # of 30 at 95 %: fewer has probability 6e-4
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae.functional import parameters_of
+from bayesae.models import _RUN_IN_A_LOOP
 from tests import twins
 from tests.conftest import small_model
 
@@ -171,7 +172,7 @@ def test_more_draws_refine_and_do_not_replace(model, rows):
 
 def test_vmap_equals_the_loop(rows):
     mapped, looped = small_model(), small_model()
-    looped._is_vmappable = {"encoder": False, "decoder": False}
+    _RUN_IN_A_LOOP.update((looped.encoder, looped.decoder))
     weights = normal(mapped)
     a, b = (bae.Predictive(m, weights)(rows, seed=0, keep_outputs=True) for m in (mapped, looped))
     assert_close(a.outputs, b.outputs, rtol=1e-12, atol=1e-12)
@@ -189,7 +190,7 @@ def test_a_network_that_cannot_be_mapped_is_run_in_a_loop(rows):
     for _ in range(2):
         got = bae.Predictive(model, weights)(rows, seed=0).log_likelihood
         assert_close(got, bae.Predictive(plain, weights)(rows, seed=0).log_likelihood, rtol=1e-12, atol=1e-12)
-    assert model._is_vmappable == {"encoder": False, "decoder": True}
+    assert model.encoder in _RUN_IN_A_LOOP and model.decoder not in _RUN_IN_A_LOOP
 
 
 def test_moments_come_in_the_datas_own_shape():

@@ -29,7 +29,7 @@ def test_table_has_mean_and_spread(records):
 def test_table_pivots_and_filters(records):
     lines = report.table(records, metrics=["error"], columns="method").splitlines()
     assert [c.strip() for c in lines[0].strip("|").split("|")] == ["A", "B"]
-    with pytest.raises(bae.errors.DataError, match="records to show"):
+    with pytest.raises(bae.errors.DataError, match="names of"):
         report.table(records, methods=["C"])
 
 

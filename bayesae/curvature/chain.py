@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bayesae.errors import ShapeError, UnsupportedError
-from bayesae.functional import check_is_evaluable
+from bayesae.functional import at_least_float32, check_is_evaluable
 from bayesae.types import Params
 
 __all__ = ["LinearStep", "SlopeStep", "Trace", "push", "rows_per_chunk", "trace"]
@@ -89,15 +89,17 @@ def trace(network: nn.Module, params: Params, x: Tensor) -> Trace:
         The trace.
 
     Raises:
-        UnsupportedError: If a layer has no rule, if one layer stands in the chain twice, or if dropout is on.
+        UnsupportedError: If a layer has no rule or has hooks, if parameters are shared, or if dropout is on.
         ShapeError: If a Linear layer is applied to anything but (B, in).
     """
     check_is_evaluable(network)
-    params = {name: leaf.float() if leaf.dtype.itemsize < 4 else leaf for name, leaf in params.items()}
+    params = {name: at_least_float32(leaf) for name, leaf in params.items()}
     h = x.to(next(iter(params.values())).dtype)
     steps: list[LinearStep | SlopeStep] = []
     seen: set[int] = set()
     for name, layer in leaves(network):
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise UnsupportedError("layers without hooks", f"{type(layer).__name__} {name!r} with one", "Remove it.")
         if type(layer) is nn.Linear:
             if h.dim() != 2:
                 raise ShapeError(
@@ -105,16 +107,23 @@ def trace(network: nn.Module, params: Params, x: Tensor) -> Trace:
                     f"{tuple(h.shape)}",
                     "Put nn.Flatten() before it.",
                 )
-            if id(layer.weight) in seen:
+            if h.shape[1] != layer.in_features:
+                raise ShapeError(
+                    f"rows of {layer.in_features} numbers for {name!r}",
+                    f"{h.shape[1]}",
+                    "Match the data's row to the first layer.",
+                )
+            own = {id(parameter) for parameter in layer.parameters()}
+            if own & seen:
                 raise UnsupportedError("each weight used once", f"{name!r} with tied weights", "Untie them.")
-            seen.add(id(layer.weight))
+            seen |= own
             weight_name, bias_name = (f"{name}.{part}".removeprefix(".") for part in ("weight", "bias"))
             weight, bias = params[weight_name], params.get(bias_name)
             steps.append(LinearStep(weight_name, None if bias is None else bias_name, weight, h))
             h = F.linear(h, weight, bias)
         elif type(layer) in ELEMENTWISE:
-            with torch.enable_grad():
-                at = h.detach().requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad():
+                at = h.detach().clone().requires_grad_()
                 # an in-place activation would overwrite the inputs that the step before has kept
                 y = layer(at.clone())
                 (slope,) = torch.autograd.grad(y.sum(), at)

@@ -54,9 +54,10 @@ def output_variance(
 def _one_chunk(chain: Trace, variances: Params) -> tuple[Tensor, Tensor]:
     steps = chain.steps
     widths = {i: len(step.weight) for i, step in enumerate(steps) if isinstance(step, LinearStep)}
-    # the narrowest pre-activation, the last of several; the outputs themselves where nothing is narrower
+    # the narrowest pre-activation, the last of several
     neck = min(reversed(widths), key=lambda i: widths[i])
-    covariance = _covariance_at(steps[: neck + 1], variances)
+    if widths[neck] == chain.outputs[0].numel():
+        neck = -1  # nothing is narrower than the outputs: no (O, O) covariance, only its diagonal
     jacobian, slope, variance = None, None, torch.zeros((), dtype=chain.outputs.dtype)
     for i in range(len(steps) - 1, neck, -1):
         step = steps[i]
@@ -64,14 +65,13 @@ def _one_chunk(chain: Trace, variances: Params) -> tuple[Tensor, Tensor]:
             slope = step.slope if slope is None else slope * step.slope
             continue
         variance = variance + _spread(jacobian, slope, _preactivation_variance(step, variances))
+        if i == min(widths):
+            return chain.outputs, variance.reshape(chain.outputs.shape)
         jacobian, slope = push(jacobian, slope, step.weight), None
-    if jacobian is None:
-        tail = covariance.diagonal(dim1=-2, dim2=-1)
-        tail = tail if slope is None else tail * slope**2
-    else:
-        if slope is not None:
-            jacobian = jacobian * slope[:, None]
-        tail = ((jacobian @ covariance) * jacobian).sum(-1)
+    assert jacobian is not None  # the layer of the outputs stands behind the neck
+    jacobian = jacobian if slope is None else jacobian * slope[:, None]
+    covariance = _covariance_at(steps[: neck + 1], variances)  # (B, Z, Z)
+    tail = ((jacobian @ covariance) * jacobian).sum(-1)
     return chain.outputs, (variance + tail).reshape(chain.outputs.shape)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -52,6 +52,18 @@ NAMES = ("digits", *_IDX)
 """Names that `load` knows."""
 
 
+@overload
+def load(name: str = ..., *, split: Split = ..., labels: Literal[False] = ...) -> Tensor: ...
+@overload
+def load(name: str = ..., *, split: Split = ..., labels: Literal[True]) -> tuple[Tensor, Tensor]: ...
+@overload
+def load(
+    name: str = ..., *, split: tuple[Split, ...] | list[Split], labels: Literal[False] = ...
+) -> tuple[Tensor, ...]: ...
+@overload
+def load(
+    name: str = ..., *, split: tuple[Split, ...] | list[Split], labels: Literal[True]
+) -> tuple[tuple[Tensor, Tensor], ...]: ...
 def load(
     name: str = "digits", *, split: Split | Sequence[Split] = "train", labels: bool = False
 ) -> Tensor | tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:

@@ -18,6 +18,9 @@ __all__ = ["Particles"]
 class Particles:
     r"""q(theta): M sets of weights, each with probability 1 / M; a point estimate is one particle.
 
+    Exact when: it is the whole posterior, as an ensemble is of itself; sampling n = M of them is then exact too.
+    Cost: memory of M networks.
+
     Args:
         atoms: Every parameter, leaves (M, \*shape).
         is_linearised: False: particles are networks, and are run as such.
@@ -63,6 +66,8 @@ class Particles:
         n_atoms = n_draws(self.atoms)
         if n_atoms == 1:
             return {name: leaf.expand(n, *leaf.shape[1:]) for name, leaf in self.atoms.items()}
+        if n == n_atoms:
+            return dict(self.atoms)
         order = torch.arange(n_atoms).repeat(n // n_atoms)
         if n % n_atoms:
             order = torch.cat([order, torch.randperm(n_atoms)[: n % n_atoms]])

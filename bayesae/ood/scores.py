@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ __all__ = [
 ]
 
 
-def negative_log_density(moments: Moments, x: Tensor) -> Tensor:
+def negative_log_density(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
     r"""Minus the log predictive density with the full variance of every pixel.
 
     .. math:: -\sum_o \log p(x_o \mid \mathbb{E}[x_o], \operatorname{Var}[x_o]), \qquad
@@ -121,13 +122,17 @@ def weight_variance(moments: Moments) -> Tensor:
         moments: Moments of the predictive at x.
 
     Returns:
-        (B,), units of x squared. It knows nothing of how well x is explained, and it is *inverted* where
-        unfamiliar data move fewer weights than familiar data do (dark images under a bright training set).
+        (B,), units of x squared.
+
+    Exact when: always, as a function of the moments.
+    Biased when: read as a score of how unfamiliar x is: it knows nothing of how well x is explained, and it is
+        *inverted* where unfamiliar data move fewer weights than familiar data do (dark images under a bright
+        training set).
     """
     return moments.weights.flatten(1).sum(1)
 
 
-def reconstruction_error(moments: Moments, x: Tensor) -> Tensor:
+def reconstruction_error(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
     r"""Squared error of the predictive mean, :math:`\sum_o (x_o - \mathbb{E}[x_o])^2`: the baseline.
 
     Args:
@@ -136,13 +141,20 @@ def reconstruction_error(moments: Moments, x: Tensor) -> Tensor:
 
     Returns:
         (B,), units of x squared.
+
+    Exact when: as minus a log-density (up to a constant and a factor), for Gaussian noise of one variance and weights
+        that are known.
+
+    Raises:
+        ShapeError: If x is not the rows of the moments.
     """
     return ((_like(x, moments.mean) - moments.mean) ** 2).flatten(1).sum(1)
 
 
-def _like(x: Tensor, mean: Tensor) -> Tensor:
+def _like(x: Tensor | np.ndarray, mean: Tensor) -> Tensor:
+    x = torch.as_tensor(x)
     if x.shape[0] != mean.shape[0] or x[0].numel() != mean[0].numel():
         raise ShapeError(
             f"x of shape {tuple(mean.shape)}", f"{tuple(x.shape)}", "Give the rows that the moments were made of."
         )
-    return torch.as_tensor(x).to(mean).reshape(mean.shape)
+    return x.to(mean).reshape(mean.shape)

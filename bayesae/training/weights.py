@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from bayesae import objectives, random
 from bayesae.codes import CodePosterior, encode
-from bayesae.data import Data, batches, count_rows
+from bayesae.data import Data, batches, check_counts, count_rows
 from bayesae.draws import Draws
 from bayesae.functional import check_finite, check_is_evaluable, parameters_of
 from bayesae.joint import IsotropicNormal, LogJoint
@@ -64,6 +64,7 @@ def fit_weights(
     codes: CodePosterior = encode,
     weight_prior: WeightPrior | None = None,
     temperature: float = 1.0,
+    n_data: int | None = None,
     seed: int | None = None,
     progress: bool | None = None,
 ) -> WeightPosterior:
@@ -79,8 +80,9 @@ def fit_weights(
         batch_size: Rows a step.
         objective: As for `fit_model`.
         codes: As for `fit_model`.
-        weight_prior: p(theta); N(0, I) if None.
+        weight_prior: p(theta); N(0, I) if None. Methods that tune it, `weights.Laplace` by default, say so.
         temperature: Divides the log-joint; 1 is Bayes.
+        n_data: N, where the data have no length.
         seed: Of initialisations, the order of rows and any draw; None advances the caller's generator.
         progress: Show a progress bar; None shows it on a terminal only.
 
@@ -89,9 +91,10 @@ def fit_weights(
 
     Raises:
         DataError: If there are no rows, or they lie outside the likelihood's range.
-        NonFiniteError: If data, weights or the log-joint are not finite.
+        NonFiniteError: If weights, the log-joint or the data that the method reads are not finite.
     """
-    n_data = count_rows(data)
+    check_counts(batch_size=batch_size)
+    n_data = count_rows(data, n_data)
     frozen = copy.deepcopy(model).eval()
     params = parameters_of(frozen.network)
     check_finite(params, "weights of the model", "Did fit_model diverge?")

@@ -45,12 +45,12 @@ class Ensemble:
 
     Exact when: no case; with one member it is MAP.
     Biased when: the log-joint has one mode: every member finds it and the spread is 0, whatever the data.
-    Cost: M trainings; memory 3 M P while it trains.
+    Cost: M trainings; memory 4 M P while it trains (weights, gradients, Adam's two moments).
 
     Raises:
         DataError: If there is no member or no epoch.
         NonFiniteError: If the log-joint of a member is no longer finite.
-        UnsupportedError: If a layer cannot be re-initialised.
+        UnsupportedError: If a layer cannot be re-initialised, or has running statistics.
 
     References:
         | Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles (Lakshminarayanan et al., 2017)
@@ -63,7 +63,9 @@ class Ensemble:
 
     def __post_init__(self) -> None:
         if self.n_members < 1 or self.epochs < 1:
-            raise DataError("n_members >= 1 and epochs >= 1", f"{self.n_members} and {self.epochs}", "5 and 20?")
+            raise DataError(
+                "n_members >= 1 and epochs >= 1", f"{self.n_members} and {self.epochs}", "The defaults are 5 and 20."
+            )
 
     def init(self, params: Params, joint: LogJoint) -> EnsembleState:
         """Fresh members; frozen parameters keep the network's own values."""

@@ -57,14 +57,13 @@ class Laplace:
     weights :math:`\gamma = \sum_p h_p / (h_p + \lambda)`: the left side falls with lambda, the right side rises.
 
     Args:
-        patterns: Names of the uncertain weights, as in `Subset.of`; all by default.
-        tunes_prior: Whether lambda comes from the evidence; else it is the joint's own. The mean stays where
-            training left it either way.
+        subset: The uncertain weights: a `Subset`, or name patterns as in `Subset.of`; all by default.
+        tunes_prior: Whether lambda comes from the evidence, so that the joint's own precision is not read; else
+            it is the joint's. The mean stays where training left it either way.
 
-    Returns (from ``posterior``):
-        A `DiagonalNormal` that is linearised by default: sampling a Laplace posterior through the network itself
-        leaves the region where the expansion holds, its best-known failure. ``info`` has ``log_evidence``,
-        ``prior_precision`` and ``n_effective``.
+    It leaves a `DiagonalNormal` that is linearised by default: sampling a Laplace posterior through the network itself
+    leaves the region where the expansion holds, its best-known failure. Its ``info`` has ``log_evidence`` (at T = 1),
+    ``prior_precision`` and ``n_effective``.
 
     Exact when: the outputs are linear in theta, the likelihood is Gaussian and the columns of the Jacobian are
         orthogonal.
@@ -73,7 +72,8 @@ class Laplace:
     Cost: one forward and about one backward pass of small matrices per batch; memory P.
 
     Raises:
-        UnsupportedError: If a layer has no curvature rule, or the prior is not an `IsotropicNormal`.
+        UnsupportedError: If a layer has no curvature rule, the prior is not an `IsotropicNormal`, the code is
+            stochastic, or there is nothing to tune a prior on (weights all 0, no observed entry).
         NotFittedError: If no row was seen.
 
     References:
@@ -82,7 +82,7 @@ class Laplace:
         | Departure: the exact diagonal, with the likelihood's own Hessian and an estimated noise variance.
     """
 
-    patterns: Sequence[str] = ("**",)
+    subset: Subset | Sequence[str] = ("**",)
     tunes_prior: bool = True
 
     @property
@@ -94,15 +94,18 @@ class Laplace:
         """No row seen."""
         if not isinstance(joint.prior, IsotropicNormal):
             raise UnsupportedError("an IsotropicNormal prior", type(joint.prior).__name__, "Give its precision.")
-        subset = Subset.of(joint.network, self.patterns)
+        if not joint.is_deterministic:
+            raise UnsupportedError(
+                "a deterministic code, so that x gives the outputs", "a stochastic one", "Use codes=codes.encode."
+            )
+        subset = self.subset if isinstance(self.subset, Subset) else Subset.of(joint.network, self.subset)
+        subset.check(params)
         device = next(iter(params.values())).device
         return LaplaceState(params, subset, torch.zeros(len(subset), dtype=torch.float64, device=device), 0.0, 0)
 
     @torch.no_grad()
     def update(self, state: LaplaceState, batch: Batch, joint: LogJoint) -> tuple[LaplaceState, Info]:
         """Add the rows of one batch."""
-        if joint.temperature <= 0:
-            raise UnsupportedError("a positive temperature", f"{joint.temperature}", "1 is Bayes.")
         whole = ggn_diagonal(joint.network, state.params, batch.x, joint.likelihood.output_hessian, mask=batch.mask)
         diagonal = state.diagonal + state.subset.ravel(whole).double()
         params = {name: leaf[None] for name, leaf in state.params.items()}
@@ -137,8 +140,9 @@ class Laplace:
 
 def _evidence_precision(h: Tensor, square: float) -> float:
     """Root of gamma(lambda) = lambda * square by bisection in log lambda, to rounding."""
-    if square == 0:
-        raise UnsupportedError("weights that are not all 0", "a mode at 0", "Use tunes_prior=False.")
+    if square == 0 or not bool((h > 0).any()):
+        what = "a mode at 0" if square == 0 else "no curvature: was no entry observed?"
+        raise UnsupportedError("weights and data to tune the prior on", what, "Use tunes_prior=False.")
     # gamma <= P gives the upper end; below the lower end gamma > lambda * square for sure
     high = math.log(len(h) / square) + 1.0
     low = high - 80.0

@@ -38,7 +38,7 @@ class TestData:
     def test_rows(self, form, rows, model):
         data = FORMS[form](rows)
         assert count_rows(data) == 9
-        assert_close(as_rows(data, model.reference), rows, rtol=1e-7, atol=1e-7)
+        assert_close(as_rows(data, model.reference).x, rows, rtol=1e-7, atol=1e-7)
         seen = torch.cat([b.x for b in batches(data, model.reference, batch_size=4, is_shuffled=False)])
         assert_close(seen, rows, rtol=1e-7, atol=1e-7)
 
@@ -141,7 +141,7 @@ class TestErrors:
             def __iter__(self):
                 yield from rows
 
-        with pytest.raises(bae.errors.DataError, match="without len"):
+        with pytest.raises(bae.errors.DataError, match="Give n_data="):
             bae.fit_model(model, DataLoader(Stream(), batch_size=2))
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -166,7 +166,7 @@ class TestErrors:
             bae.fit_model(model, rows, patience=3)
 
     def test_counts(self, model, rows):
-        with pytest.raises(bae.errors.DataError, match="epochs >= 1"):
+        with pytest.raises(bae.errors.DataError, match="epochs of at least 1"):
             bae.fit_model(model, rows, epochs=0)
 
     def test_noise_of_a_likelihood_that_has_none(self, model, rows):
