@@ -106,8 +106,9 @@ class Predictive:
             UnsupportedError: If the network or the code does not allow what is asked.
         """
         size = _chunk(chunk_size)
-        with random.scope(seed, self.model.reference.device):
+        with random.scope(seed):  # of its own: a loader draws a number when it starts, and weights should not feel it
             rows = self._rows(x, mask)
+        with random.scope(seed, rows.x.device):
             blocks = []
             for params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
                 chunks = self._chunks(rows, n_draws(params) * n_latent_draws, size)
@@ -155,8 +156,9 @@ class Predictive:
             NonFiniteError: If an observed entry or a moment is not finite.
             UnsupportedError: If the network or the code does not allow what is asked.
         """
-        with random.scope(seed, self.model.reference.device):
+        with random.scope(seed):
             rows = self._rows(x, mask)
+        with random.scope(seed, rows.x.device):
             has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
             if has_closed_form and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
                 moments = self._closed_form(rows.x, chunk_size)

@@ -62,11 +62,13 @@ def row_normal(index: Tensor, draws: tuple[int, ...], size: int, like: Tensor) -
     r"""Standard normal noise for stochastic codes, (\*draws, B, size): a function of the seed and of the row only.
 
     Every row has a generator of its own, keyed on the seed of the enclosing `scope` and the row's number, so the
-    noise does not depend on how rows are put into chunks. No global random number is used up.
+    noise does not depend on how rows are put into chunks. No global random number is used up. With draws of (K, 1)
+    all weight draws share it (common random numbers): what then differs between weight draws is due to the weights,
+    and no division of weight draws into blocks changes it; (K, S) gives each draw of a block its own.
 
     Args:
         index: Row numbers, (B,), as in ``Batch.index``.
-        draws: Sizes of the draw axes, such as (K, S).
+        draws: Sizes of the draw axes, (K, 1) or (K, S).
         size: Numbers a row and draw.
         like: Gives dtype and device.
 

@@ -88,3 +88,13 @@ def test_calibration_of_a_calibrated_predictive_and_of_two_that_are_not():
 
 def test_sharpness():
     assert metrics.sharpness(torch.tensor([1.0, 7.0])) == pytest.approx(2.0)
+
+
+def test_a_share_is_a_share():
+    with pytest.raises(bae.errors.DataError, match=r"tpr=95"):
+        metrics.fpr_at_tpr(torch.zeros(2), torch.ones(2), tpr=95)
+
+
+def test_calibration_of_nonsense_is_refused():
+    with pytest.raises(bae.errors.NonFiniteError, match="standardised errors"):
+        metrics.quantile_calibration(torch.full((3,), torch.nan), torch.ones(3), torch.zeros(3))

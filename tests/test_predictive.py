@@ -8,6 +8,7 @@ from torch.testing import assert_close
 import bayesae as bae
 from bayesae.functional import parameters_of
 from bayesae.models import _RUN_IN_A_LOOP
+from bayesae.random import row_normal
 from tests import twins
 from tests.conftest import small_model
 
@@ -103,9 +104,12 @@ def test_linearised_draws_equal_the_dense_jacobian(likelihood, rows):
 def test_bernoulli_closed_form_is_the_limit_of_linearised_draws(rows):
     model = small_model(bae.likelihoods.Bernoulli())
     predictive = bae.Predictive(model, normal(model, var=0.3, is_linearised=True))
-    exact, drawn = predictive.moments(rows), predictive.moments(rows, n_weight_draws=6000, seed=0)
-    assert float(((drawn.mean - exact.mean) / drawn.standard_error).abs().max()) < 4.5
-    assert_close(drawn.weights, exact.weights, rtol=0.15, atol=0)
+    exact = predictive.moments(rows)
+    n = 6000
+    p = predictive(rows, n_weight_draws=n, seed=0, keep_outputs=True).outputs[0].sigmoid()
+    assert float(((p.mean(0) - exact.mean) / (p.var(0) / n).sqrt()).abs().max()) < 4.5
+    squares = (p - exact.mean) ** 2
+    assert float(((squares.mean(0) - exact.weights) / (squares.var(0) / n).sqrt()).abs().max()) < 4.5
     assert_close(exact.total, exact.mean * (1 - exact.mean), rtol=1e-12, atol=1e-12)
 
 
@@ -125,20 +129,119 @@ def test_streamed_moments_are_those_of_kept_outputs_and_obey_total_variance(like
     assert_close(moments.total, total, rtol=1e-10, atol=1e-14)
 
 
+def jittered(bound, batch, *, n_latent_draws=1):
+    """A stochastic code of one's own, as a third party would write it."""
+    centre = bound.encode(batch.x)
+    noise = row_normal(batch.index, (n_latent_draws, len(centre)), centre.shape[-1], centre)
+    log_q = torch.distributions.Normal(0.0, 1.0).log_prob(noise).sum(-1)
+    return bae.codes.draws_of(bound, batch, centre + 0.3 * noise, log_q)
+
+
 def test_total_variance_with_several_codes_under_every_weight_draw(rows):
-    """A stochastic code of one's own: between and within weight draws, against the pooled mixture."""
+    """Between and within weight draws, against the pooled mixture."""
     model = small_model()
-
-    def jittered(bound, batch, *, n_latent_draws=1):
-        latents = bound.encode(batch.x) + torch.arange(n_latent_draws)[:, None, None, None] * 0.3
-        return bae.codes.draws_of(bound, batch, latents, log_q=torch.zeros(latents.shape[:-1]))
-
     predictive = bae.Predictive(model, particles(model, 4), jittered)
-    moments = predictive.moments(rows, n_latent_draws=3, chunk_size=5)
-    outputs = predictive(rows, n_latent_draws=3, keep_outputs=True).outputs
+    moments = predictive.moments(rows, n_latent_draws=3, seed=0)
+    outputs = predictive(rows, n_latent_draws=3, keep_outputs=True, seed=0).outputs
+    assert not moments.is_exact
     assert_close(moments.code, outputs.var(0, correction=0).mean(0), rtol=1e-10, atol=1e-14)
     assert_close(moments.weights, outputs.mean(0).var(0, correction=0), rtol=1e-10, atol=1e-14)
     assert_close(moments.total, outputs.flatten(0, 1).var(0, correction=0) + 0.09, rtol=1e-10, atol=1e-14)
+
+
+def test_standard_error_is_the_spread_of_repeated_runs(rows):
+    """Over weights and codes: 200 runs of 20 draws."""
+    model = small_model()
+    predictive = bae.Predictive(model, normal(model), jittered)
+    runs = [predictive.moments(rows[:2], n_weight_draws=20, n_latent_draws=4, seed=seed) for seed in range(200)]
+    found = torch.stack([run.mean for run in runs]).std(0)
+    claimed = torch.stack([run.standard_error for run in runs]).mean(0)
+    # the sd of 200 Normal values has relative error 1 / sqrt(400), the mean claim is biased by less than 1 / 40
+    assert float((claimed / found - 1).abs().max()) < 4.5 / 20 + 1 / 40
+    one = predictive.moments(rows[:2], n_weight_draws=1, seed=0).standard_error
+    assert bool(one.isinf().all())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 1000])
+def test_noise_of_codes_does_not_depend_on_the_chunks(rows, chunk_size):
+    model = small_model()
+    predictive = bae.Predictive(model, particles(model, 1), jittered)
+    whole, chunked = (predictive(rows, n_latent_draws=3, seed=3, chunk_size=size) for size in (10**6, chunk_size))
+    assert_close(chunked.log_likelihood, whole.log_likelihood, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_not_sampled_is_exact(model, rows):
+    assert bae.Predictive(model, particles(model, 5)).moments(rows).is_exact
+    assert bae.Predictive(model, particles(model, 5)).moments(rows, n_weight_draws=10).is_exact
+    assert not bae.Predictive(model, particles(model, 5)).moments(rows, n_weight_draws=3).is_exact
+    with pytest.raises(bae.errors.UnsupportedError, match="n_latent_draws=1"):
+        bae.Predictive(model, normal(model, is_linearised=True)).moments(rows, n_latent_draws=3)
+
+
+def test_blocks_of_weight_draws_change_nothing(model, rows, monkeypatch):
+    predictive = bae.Predictive(model, normal(model))
+    whole = predictive(rows, seed=2, n_weight_draws=7)
+    monkeypatch.setattr("bayesae.predictive._NUMBERS_OF_WEIGHTS", 1)  # one draw at a time
+    assert_close(
+        predictive(rows, seed=2, n_weight_draws=7).log_likelihood, whole.log_likelihood, rtol=1e-10, atol=1e-10
+    )
+
+
+class TestMasks:
+    def test_what_was_not_observed_does_not_matter_to_the_bit(self, model, rows):
+        mask = torch.rand(9, 7) > 0.4
+        for weights in (particles(model, 2), normal(model, is_linearised=True)):
+            predictive = bae.Predictive(model, weights)
+            a, b = (torch.where(mask, rows, fill) for fill in (torch.nan, 7.0))
+            assert torch.equal(predictive(a, mask, seed=0).log_likelihood, predictive(b, mask, seed=0).log_likelihood)
+            assert torch.equal(predictive.moments(a, mask).weights, predictive.moments(b, mask).weights)
+
+    def test_gradients_are_finite(self, model, rows):
+        mask = torch.rand(9, 7) > 0.4
+        loader = [bae.Batch(torch.where(mask, rows, torch.nan), mask)]
+        loader = torch.utils.data.DataLoader(loader, batch_size=None)
+        bae.fit_model(model, loader, n_data=9, epochs=1)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+    def test_shape_and_dtype(self, model, rows):
+        for mask in (torch.ones(3, 7, dtype=torch.bool), torch.ones(9, 7)):
+            with pytest.raises(bae.errors.ShapeError, match="mask of shape"):
+                bae.Predictive(model, particles(model, 2))(rows, mask)
+
+
+class TestLoaders:
+    def test_in_order(self, model, rows):
+        predictive = bae.Predictive(model, normal(model))
+        loader = torch.utils.data.DataLoader(rows, batch_size=4)
+        state = torch.get_rng_state()
+        got = predictive(loader, seed=0).log_likelihood
+        assert torch.equal(state, torch.get_rng_state())
+        assert torch.equal(got, predictive(rows, seed=0).log_likelihood)
+
+    def test_shuffled_rows_are_refused(self, model, rows):
+        loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True)
+        with pytest.raises(bae.errors.DataError, match="shuffle=False"):
+            bae.Predictive(model, normal(model))(loader)
+
+
+def test_under_inference_mode(model, rows):
+    predictive = bae.Predictive(model, normal(model, is_linearised=True))
+    expected = predictive.moments(rows).weights
+    with torch.inference_mode():
+        assert torch.equal(predictive.moments(rows).weights, expected)
+        fitted = bae.fit_weights(bae.weights.Laplace(), model, rows.clone())
+    assert torch.isfinite(fitted.var).all()
+
+
+def test_draws_of_a_family_in_another_order_of_names(model, rows):
+    class Reordered(bae.families.DiagonalNormal):
+        def sample(self, n):
+            return dict(reversed(super().sample(n).items()))
+
+    plain = normal(model, is_linearised=True)
+    other = Reordered(plain.mean, plain.var, plain.subset, is_linearised=True)
+    a, b = (bae.Predictive(model, weights)(rows, seed=0).log_likelihood for weights in (plain, other))
+    assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("is_linearised", [True, False])
@@ -232,8 +335,27 @@ def test_decoder_is_the_mean_under_fixed_draws_and_differentiable(model, is_line
 
 class TestErrors:
     def test_rows_of_another_shape(self, model):
+        wrong = torch.rand(3, 5, dtype=torch.float64)
         with pytest.raises(bae.errors.ShapeError, match="rows that the encoder takes"):
-            bae.Predictive(model, particles(model, 2))(torch.rand(3, 5, dtype=torch.float64))
+            bae.Predictive(model, particles(model, 2))(wrong)
+        linearised = bae.Predictive(model, normal(model, is_linearised=True))
+        with pytest.raises(bae.errors.ShapeError, match="rows of 7 numbers for 'encoder.1'; got 5"):
+            linearised.moments(wrong)
+        with pytest.raises(bae.errors.ShapeError, match="rows that the encoder takes"):
+            linearised(wrong)
+        with pytest.raises(bae.errors.ShapeError, match="A single row needs a first axis of 1"):
+            linearised.moments(torch.rand(7))
+
+    def test_channels_that_do_not_fit(self):
+        encoder = nn.Sequential(nn.Conv1d(2, 1, 1), nn.Flatten())
+        model = bae.Autoencoder(encoder, nn.Linear(4, 12), bae.likelihoods.Gaussian(1.0))
+        with pytest.raises(bae.errors.ShapeError, match="rows that the encoder takes"):
+            bae.Predictive(model, particles(model, 2))(torch.rand(5, 3, 4))
+
+    def test_counts(self, model, rows):
+        for wrong in ({"chunk_size": 0}, {"n_weight_draws": 0}, {"n_latent_draws": 0}):
+            with pytest.raises(bae.errors.DataError, match=f"{next(iter(wrong))} of at least 1"):
+                bae.Predictive(model, normal(model))(rows, **wrong)
 
     def test_not_a_number(self, model, rows):
         rows[2, 3] = torch.nan
@@ -269,10 +391,6 @@ class TestErrors:
     def test_particles_are_not_linearised(self, model):
         with pytest.raises(bae.errors.UnsupportedError, match="continuous posterior"):
             bae.Predictive(model, particles(model, 2), linearised=True)
-
-    def test_a_mask_of_another_shape(self, model, rows):
-        with pytest.raises(bae.errors.ShapeError, match="mask of shape"):
-            bae.Predictive(model, particles(model, 2))(rows, torch.ones(3, 7, dtype=torch.bool))
 
     def test_outputs_of_another_number(self, rows):
         model = bae.Autoencoder(nn.Linear(7, 2), nn.Linear(2, 6), bae.likelihoods.Gaussian(1.0)).double()

@@ -49,6 +49,32 @@ class TestRandom:
             torch.rand(1)
         assert not torch.equal(state, torch.get_rng_state())
 
+    def test_other_devices_are_not_seeded(self, monkeypatch):
+        def forbidden(seed):
+            raise AssertionError("a CPU run seeded every GPU")
+
+        monkeypatch.setattr("torch.cuda.manual_seed_all", forbidden)
+        monkeypatch.setattr("torch.cuda.manual_seed", forbidden)
+        with random.scope(3):
+            torch.rand(1)
+
+    def test_row_noise_is_keyed_on_the_seed_and_the_row(self):
+        like = torch.zeros(1)
+        with random.scope(1):
+            whole = random.row_normal(torch.arange(6), (2, 3), 4, like)
+            parts = [random.row_normal(i, (2, 3), 4, like) for i in torch.arange(6).split(2)]
+        with random.scope(2):
+            other = random.row_normal(torch.arange(6), (2, 3), 4, like)
+        assert whole.shape == (2, 3, 6, 4)
+        assert torch.equal(torch.cat(parts, 2), whole)
+        assert float((whole - other).abs().min()) > 0
+        assert len(torch.unique(whole)) == whole.numel()
+
+    def test_row_noise_is_standard_normal(self):
+        noise = random.row_normal(torch.arange(500), (4,), 5, torch.zeros(1, dtype=torch.float64))
+        assert abs(float(noise.mean())) < 4.5 / 100
+        assert abs(float(noise.var()) - 1) < 4.5 * (2 / 10_000) ** 0.5
+
     def test_restores_after_an_error(self):
         state = torch.get_rng_state()
         with pytest.raises(ZeroDivisionError), random.scope(1):

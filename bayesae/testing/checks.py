@@ -35,7 +35,7 @@ def run_inference(
         The posterior.
     """
     with random.scope(seed):
-        state = inference.init({name: leaf.clone() for name, leaf in world.mean.items()}, world.joint)
+        state = inference.init(dict(world.mean), world.joint)
         for _ in range(inference.epochs):
             for batch in world.batches(n_batches):
                 state, _info = inference.update(state, batch, world.joint)

@@ -85,3 +85,14 @@ def test_every_score_is_higher_for_what_is_stranger(rows):
 def test_rows_must_be_those_of_the_moments():
     with pytest.raises(bae.errors.ShapeError, match="rows that the moments were made of"):
         bae.ood.reconstruction_error(moments([[0.0, 1.0]], [[0.0, 0.0]]), torch.zeros(2, 2))
+
+
+def test_the_readmes_six_lines_on_a_plain_array(rows):
+    """Arrays all the way, as `bayesae.__init__` and the README promise."""
+    data = rows.float().numpy()
+    model = bae.Autoencoder(bae.nets.mlp(7, [4], 2), bae.nets.mlp(2, [4], 7), bae.likelihoods.Gaussian())
+    bae.fit_model(model, data, epochs=2)
+    moments = bae.Predictive(model, bae.fit_weights(bae.weights.Laplace(), model, data)).moments(data)
+    assert bae.ood.negative_log_density(moments, data).shape == (9,)
+    assert bae.ood.reconstruction_error(moments, data).shape == (9,)
+    assert moments.log_prob(data).shape == (9, 7)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
 
@@ -29,6 +30,13 @@ def test_histograms_have_common_bins_and_every_row(axes):
     scores = {"a": torch.randn(200), "b": torch.randn(300) + 50}
     bae.plots.score_histograms(axes, scores, xlabel="nats")
     assert axes.get_xlabel() == "nats"
+    outlines = [patch.get_path().vertices for patch in axes.patches]
+    lefts = [sorted(set(v[:, 0].round(6).tolist())) for v in outlines]
+    assert lefts[0] == lefts[1] and len(lefts[0]) == 41
+    for vertices in outlines:  # a density over all rows: its area is 1
+        x, y = vertices[:, 0], vertices[:, 1]
+        area = abs(float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum())) / 2
+        assert area == pytest.approx(1.0, rel=1e-6)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 import bayesae as bae
 from bayesae.data import as_rows, batches, count_rows
@@ -54,6 +54,72 @@ def test_shuffled_batches_carry_row_numbers(rows, model):
     index = torch.cat([batch.index for batch in got])
     assert sorted(index.tolist()) == list(range(9)) and index.tolist() != list(range(9))
     assert torch.equal(torch.cat([batch.x for batch in got]), rows[index])
+
+
+class TestLoaders:
+    def test_n_is_what_the_sampler_gives(self, model, rows):
+        """A sampler over 9 of 900 rows: N is 9, and the posterior that of the 9 rows."""
+        many = torch.cat([rows, torch.rand(891, 7).double()])
+        loader = DataLoader(many, batch_size=4, sampler=SubsetRandomSampler(range(9)))
+        got = bae.fit_weights(bae.weights.Laplace(tunes_prior=False), model, loader)
+        assert_close(got.var, bae.fit_weights(bae.weights.Laplace(tunes_prior=False), model, rows).var)
+        assert count_rows(DataLoader(rows, batch_size=4, drop_last=True)) == 8
+
+    def test_history_is_the_mean_over_rows_that_were_seen(self, rows):
+        model = small_model()
+        model.requires_grad_(False)
+        model.encoder[1].bias.requires_grad_(True)
+        loader = DataLoader(rows, batch_size=4, drop_last=True)
+        history = bae.fit_model(model, loader, epochs=1, learning_rate=1e-12)
+        expected = model.likelihood.log_prob(model(rows[:8]).detach(), rows[:8]).mean()
+        assert history.train[0] == pytest.approx(float(expected), rel=1e-6)
+
+    def test_batches_keep_their_masks_and_targets(self, model, rows):
+        mask = torch.rand(9, 7) > 0.5
+        holed = torch.where(mask, rows, torch.nan)
+        loader = DataLoader(range(9), batch_size=3, collate_fn=lambda i: bae.Batch(holed[i], mask[i], target=rows[i]))
+        fixed = bae.weights.Laplace(tunes_prior=False)
+        got = bae.fit_weights(fixed, model, loader)
+        joint = bae.log_joint(model, 9)
+        state = fixed.init(bae.functional.parameters_of(model.network), joint)
+        state, _ = fixed.update(state, bae.Batch(torch.where(mask, rows, 0), mask, target=rows), joint)
+        assert_close(got.var, fixed.posterior(state, joint).var)
+        bae.fit_model(small_model(bae.likelihoods.Gaussian()), loader, epochs=1)
+
+    def test_a_stream_needs_its_length_told(self, model, rows):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield from rows
+
+        loader = DataLoader(Stream(), batch_size=2)
+        with pytest.raises(bae.errors.DataError, match="Give n_data="):
+            bae.fit_model(model, loader)
+        bae.fit_model(model, loader, n_data=9, epochs=1)
+        fixed = bae.weights.Laplace(tunes_prior=False)
+        assert_close(bae.fit_weights(fixed, model, loader, n_data=9).var, bae.fit_weights(fixed, model, rows).var)
+
+
+def odd_arrays(rows):
+    array = rows.numpy()
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    return {
+        "reversed twice": array[::-1].copy()[::-1],
+        "big endian": array.astype(">f8"),
+        "read only": frozen,
+        "fortran": np.asfortranarray(array),
+        "list": array.tolist(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["reversed twice", "big endian", "read only", "fortran", "list"])
+def test_any_array_of_numbers(kind, rows, model):
+    assert_close(as_rows(odd_arrays(rows)[kind], model.reference).x, rows, rtol=0, atol=0)
+
+
+def test_bytes_are_numbers(model):
+    images = np.random.default_rng(0).integers(0, 256, (3, 7), np.uint8)
+    assert torch.equal(as_rows(images, model.reference).x, torch.as_tensor(images).double())
 
 
 class TestFitModel:
@@ -136,14 +202,6 @@ class TestErrors:
         with pytest.raises(bae.errors.DataError, match="drop_last"):
             bae.fit_model(model, loader)
 
-    def test_data_without_a_length(self, model, rows):
-        class Stream(torch.utils.data.IterableDataset):
-            def __iter__(self):
-                yield from rows
-
-        with pytest.raises(bae.errors.DataError, match="Give n_data="):
-            bae.fit_model(model, DataLoader(Stream(), batch_size=2))
-
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_not_finite(self, model, rows, bad):
         rows[4, 2] = bad
@@ -161,6 +219,21 @@ class TestErrors:
         with pytest.raises(bae.errors.NonFiniteError, match="Lower learning_rate"):
             bae.fit_model(model, rows, epochs=20, learning_rate=1e200)
 
+    def test_after_an_error_the_model_is_in_evaluation_mode(self, model, rows):
+        with pytest.raises(bae.errors.NonFiniteError):
+            bae.fit_model(model, rows, epochs=20, learning_rate=1e200)
+        assert not model.training
+
+    def test_everything_frozen(self, model, rows):
+        with pytest.raises(bae.errors.ParameterError, match="all of them frozen"):
+            bae.fit_model(model.requires_grad_(False), rows)
+
+    def test_words_and_single_rows(self, model):
+        with pytest.raises(bae.errors.DataError, match="array of numbers"):
+            bae.fit_model(model, np.array([["a"] * 7], dtype=object))
+        with pytest.raises(bae.errors.ShapeError, match="A single row needs a first axis"):
+            bae.fit_model(model, torch.zeros(7))
+
     def test_patience_without_validation(self, model, rows):
         with pytest.raises(bae.errors.UnsupportedError, match="validation data"):
             bae.fit_model(model, rows, patience=3)
@@ -168,6 +241,8 @@ class TestErrors:
     def test_counts(self, model, rows):
         with pytest.raises(bae.errors.DataError, match="epochs of at least 1"):
             bae.fit_model(model, rows, epochs=0)
+        with pytest.raises(bae.errors.DataError, match="batch_size of at least 1"):
+            bae.fit_weights(bae.weights.MAP(), model, rows, batch_size=0)
 
     def test_noise_of_a_likelihood_that_has_none(self, model, rows):
         with pytest.raises(bae.errors.UnsupportedError, match="Its scale is given"):

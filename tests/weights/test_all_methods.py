@@ -61,3 +61,12 @@ def test_conformance_suite_sees_a_broken_method():
 
     with pytest.raises(bae.errors.BayesAEError, match="expected draws"):
         testing.check_weight_inference(Forgetful())
+
+
+def test_conformance_suite_sees_a_method_that_writes_on_the_weights_it_was_given():
+    class Greedy(bae.weights.MAP):
+        def init(self, params, joint):
+            return {name: leaf.add_(1) for name, leaf in params.items()}
+
+    with pytest.raises(bae.errors.BayesAEError, match="untouched starting weights"):
+        testing.check_weight_inference(Greedy())

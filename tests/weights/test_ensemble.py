@@ -61,3 +61,12 @@ def test_a_layer_that_cannot_be_reset_is_named(rows):
 def test_counts_are_checked():
     with pytest.raises(bae.errors.DataError, match="n_members >= 1"):
         bae.weights.Ensemble(0)
+
+
+def test_running_statistics_are_refused(rows):
+    encoder = torch.nn.Sequential(torch.nn.Linear(7, 2), torch.nn.BatchNorm1d(2)).double()
+    model = bae.Autoencoder(encoder, torch.nn.Linear(2, 7).double(), bae.likelihoods.Gaussian(1.0)).eval()
+    with pytest.raises(
+        bae.errors.UnsupportedError, match=r"BatchNorm1d 'encoder\.1' with running statistics of another"
+    ):
+        bae.fit_weights(bae.weights.Ensemble(2, epochs=1), model, rows)

@@ -126,3 +126,41 @@ def test_bernoulli_pixels():
     posterior = bae.fit_weights(bae.weights.Laplace(), model, rows)
     assert math.isfinite(posterior.info["log_evidence"])
     assert bool((posterior.var > 0).all())
+
+
+def test_a_stochastic_code_has_no_evidence_here(model, rows):
+    def noisy(bound, batch, *, n_latent_draws=1):
+        return bae.codes.encode(bound, batch)
+
+    with pytest.raises(bae.errors.UnsupportedError, match="deterministic code"):
+        bae.fit_weights(bae.weights.Laplace(), model, rows, codes=noisy)
+
+
+def test_a_mask_within_a_tensor_and_no_weight_at_all(model, rows):
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    mask[2, 3] = True
+    one = bae.fit_weights(bae.weights.Laplace(bae.Subset({"encoder.1.weight": mask})), model, rows)
+    assert one.var.shape == (1,)
+    none = bae.fit_weights(bae.weights.Laplace(bae.Subset({}), tunes_prior=False), model, rows)
+    moments = bae.Predictive(model, none).moments(rows)
+    assert float(moments.weights.abs().max()) == 0
+    assert_close(moments.mean, model(rows).detach())
+
+
+def test_nothing_to_tune_a_prior_on(model, rows):
+    joint = bae.log_joint(model, n_data=9)
+    state = bae.weights.Laplace().init(bae.functional.parameters_of(model.network), joint)
+    state, _ = bae.weights.Laplace().update(state, bae.Batch(rows, torch.zeros(9, 7, dtype=torch.bool)), joint)
+    with pytest.raises(bae.errors.UnsupportedError, match="was no entry observed"):
+        bae.weights.Laplace().posterior(state, joint)
+
+
+def test_temperature_must_be_positive(model, rows):
+    for method in (bae.weights.Laplace(), bae.weights.Ensemble(2, epochs=1)):
+        with pytest.raises(bae.errors.DataError, match="positive temperature"):
+            bae.fit_weights(method, model, rows, temperature=0.0)
+
+
+def test_the_evidence_is_that_of_no_temperature(model, rows):
+    values = [bae.fit_weights(FIXED, model, rows, temperature=t).info["log_evidence"] for t in (1.0, 0.1)]
+    assert values[0] == values[1]
