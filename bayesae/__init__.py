@@ -18,12 +18,14 @@ from bayesae import (
     datasets,
     errors,
     families,
+    functional,
     likelihoods,
     metrics,
     nets,
     objectives,
     ood,
     plots,
+    random,
     weights,
 )
 from bayesae.draws import Draws, Moments
@@ -52,6 +54,7 @@ __all__ = [
     "families",
     "fit_model",
     "fit_weights",
+    "functional",
     "likelihoods",
     "log_joint",
     "metrics",
@@ -59,6 +62,7 @@ __all__ = [
     "objectives",
     "ood",
     "plots",
+    "random",
     "weights",
     "wrap",
 ]

@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayesae as bae
 from bayesae import report
-from bayesae.functional import parameters_of
 
 N_IMAGES, N_FIT = 64, 512
 
@@ -65,7 +64,7 @@ def ours() -> dict[str, float]:
     seconds, peak = time.perf_counter() - start, peak_gigabytes() - imported
 
     network, variances = model.network.double(), {k: v.double() for k, v in weights.variances().items()}
-    params, worst = parameters_of(network), 0.0
+    params, worst = bae.functional.parameters_of(network), 0.0
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         i, o = (int(torch.randint(high, (), generator=generator)) for high in (N_IMAGES, 784))

@@ -211,12 +211,13 @@ def draw(config: Config, predictive: bae.Predictive, path: Path) -> None:
     grid = figure.add_gridspec(3, 2, height_ratios=(1.3, 1, 1))
     moments = {"fashion-mnist (familiar)": (garments, predictive.moments(garments))}
     moments["mnist (strange)"] = digits, predictive.moments(digits)
+    high = max(float(m.weights[:8].max()) for _, m in moments.values()) ** 0.5
     for column, (name, (rows, m)) in enumerate(moments.items()):
         axes = [figure.add_subplot(grid[0, column].subgridspec(3, 1)[i]) for i in range(3)]
         bae.plots.images(axes[0], rows[:8], title="image", high=1.0)
         bae.plots.images(axes[1], m.mean[:8].clamp(0, 1), title="mean", high=1.0)
-        bae.plots.images(axes[2], m.weights[:8].sqrt(), title="sd, weights", cmap="magma", high=0.15)
-        axes[0].set_title(f"{name}; sd from 0 to 0.15 grey levels")
+        bae.plots.images(axes[2], m.weights[:8].sqrt(), title="sd due to\nweights", cmap="magma", high=high)
+        axes[0].set_title(f"{name}; sd from 0 to {high:.2f} grey levels")
     kinds = {
         "negative log density (nats)": lambda rows, m: bae.ood.negative_log_density(m, rows),
         "reconstruction error (grey level squared)": lambda rows, m: bae.ood.reconstruction_error(m, rows),
