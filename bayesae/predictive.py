@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bayesae import random
 from bayesae.codes import CodePosterior, encode
@@ -106,8 +108,7 @@ class Predictive:
             UnsupportedError: If the network or the code does not allow what is asked.
         """
         size = _chunk(chunk_size)
-        with random.scope(seed):  # of its own: a loader draws a number when it starts, and weights should not feel it
-            rows = self._rows(x, mask)
+        rows = self._rows(x, mask, seed)
         with random.scope(seed, rows.x.device):
             blocks = []
             for params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
@@ -156,14 +157,14 @@ class Predictive:
             NonFiniteError: If an observed entry or a moment is not finite.
             UnsupportedError: If the network or the code does not allow what is asked.
         """
-        with random.scope(seed):
-            rows = self._rows(x, mask)
-        with random.scope(seed, rows.x.device):
-            has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
-            if has_closed_form and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
-                moments = self._closed_form(rows.x, chunk_size)
-            else:
-                moments = self._streamed(rows, n_weight_draws, n_latent_draws, _chunk(chunk_size))
+        size = _chunk(chunk_size)
+        rows = self._rows(x, mask, seed)
+        has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
+        if has_closed_form and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
+            moments = self._closed_form(rows.x, chunk_size)
+        else:
+            with random.scope(seed, rows.x.device):
+                moments = self._streamed(rows, n_weight_draws, n_latent_draws, size)
         shaped = {name: getattr(moments, name) for name in ("mean", "noise", "code", "weights", "standard_error")}
         shaped = {name: v if v is None else v.reshape(rows.x.shape) for name, v in shaped.items()}
         finite = {name: v for name, v in shaped.items() if v is not None and name != "standard_error"}
@@ -197,8 +198,10 @@ class Predictive:
     def _codes(self) -> CodePosterior:
         return encode if self.codes is None else self.codes
 
-    def _rows(self, x: Data, mask: Tensor | None) -> Batch:
-        rows = as_rows(x, self.model.reference, mask)
+    def _rows(self, x: Data, mask: Tensor | None, seed: int | None) -> Batch:
+        # a loader draws a number when it starts, which the weights should not feel
+        with random.scope(seed) if isinstance(x, DataLoader) else nullcontext():
+            rows = as_rows(x, self.model.reference, mask)
         self.model.likelihood.check(rows.x)
         return rows
 
@@ -211,7 +214,7 @@ class Predictive:
         """Draws of the weights, as many at a time as memory and the chunk allow."""
         check_counts(n_latent_draws=n_latent_draws)
         n = self._n_draws(n_weight_draws)
-        n_parameters = sum(leaf.numel() for leaf in self.weights.mean.values())
+        n_parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
         step = max(1, min(n, chunk_size // n_latent_draws, _NUMBERS_OF_WEIGHTS // n_parameters))
         # particles at once, so that they come as evenly as they can
         particles = None if self.weights.n_atoms is None else self.weights.sample(n)

@@ -267,6 +267,12 @@ def test_the_same_seed_the_same_bits_and_the_callers_generator_stays(model, rows
     assert not torch.equal(state, torch.get_rng_state())
 
 
+def test_what_draws_nothing_leaves_the_generator_even_without_a_seed(model, rows):
+    state = torch.get_rng_state()
+    bae.Predictive(model, normal(model, is_linearised=True)).moments(rows)
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_more_draws_refine_and_do_not_replace(model, rows):
     predictive = bae.Predictive(model, normal(model))
     few, many = (predictive(rows, seed=4, n_weight_draws=n).log_likelihood for n in (3, 8))
