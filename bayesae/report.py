@@ -30,6 +30,7 @@ class Flags:
         fast: A run of seconds that checks the code and not the claim.
         full: All rows of the data in place of the recipe's subset.
         seeds: One run each.
+        methods: Only these (and the baseline they are compared with), or None for all.
         json: Where records go, or None.
         figures: Folder of the figures.
     """
@@ -37,6 +38,7 @@ class Flags:
     fast: bool
     full: bool
     seeds: tuple[int, ...]
+    methods: tuple[str, ...] | None
     json: Path | None
     figures: Path
 
@@ -60,10 +62,18 @@ def flags(
     if has_full:
         parser.add_argument("--full", action="store_true", help="all rows of the data, not the recipe's subset")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="one run each")
+    parser.add_argument("--methods", nargs="+", help="only these; records of others already in the file are kept")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder of the figures")
     given = parser.parse_args(argv)
-    return Flags(given.fast, has_full and given.full, tuple(given.seeds), given.json, given.figures)
+    return Flags(
+        given.fast,
+        has_full and given.full,
+        tuple(given.seeds),
+        given.methods and tuple(given.methods),
+        given.json,
+        given.figures,
+    )
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,11 @@ class Record:
     metric: str
     seed: int
     value: float
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """All but the value."""
+        return self.data, self.setting, self.method, self.metric, self.seed
 
 
 class Records:
@@ -133,10 +148,18 @@ class Records:
             )
         print(f"as expected: {name} {found:.3f} (claimed {value:g} ± {tolerance:g})")
 
-    def save(self, path: Path) -> None:
-        """Write a JSON list, one record a line."""
+    def save(self, path: Path, *, keeps_others: bool = False) -> None:
+        """Write a JSON list, one record a line.
+
+        Args:
+            path: The file; its folder is made.
+            keeps_others: Keep what the file holds already, but for records of the same name and seed.
+        """
+        rows = {row.key: row for row in self.rows}
+        if keeps_others and path.exists():
+            rows = {row.key: row for row in Records.load(path).rows} | rows
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(asdict(row)) for row in self.rows)
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows.values())
         path.write_text(f"[\n{lines}\n]\n")
 
     @classmethod

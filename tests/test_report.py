@@ -41,6 +41,20 @@ def test_save_and_load_are_inverse(records, tmp_path):
         records.mean(method="C")
 
 
+def test_a_file_keeps_other_records_and_renews_the_same(records, tmp_path):
+    path = tmp_path / "r.json"
+    records.save(path)
+    newer = report.Records()
+    newer.add(data="d", setting="s", method="B", metric="error", seed=0, value=7.0)
+    newer.add(data="d", setting="s", method="C", metric="error", seed=0, value=8.0)
+    newer.save(path, keeps_others=True)
+    merged = report.Records.load(path)
+    assert len(merged.rows) == len(records.rows) + 1
+    assert merged.mean(method="B") == 7.0 and merged.mean(method="A", metric="error") == 2.0
+    newer.save(path)
+    assert report.Records.load(path).rows == newer.rows
+
+
 def test_pages_are_rewritten_from_records(records, tmp_path):
     records.save(tmp_path / "r.json")
     page = tmp_path / "page.md"
@@ -56,6 +70,8 @@ def test_flags():
     got = report.flags("doc", seeds=(0, 1), argv=["--fast", "--json", "x.json"])
     assert got.fast and not got.full and got.seeds == (0, 1) and got.json.name == "x.json"
     assert report.flags("doc", argv=["--seeds", "4", "5"]).seeds == (4, 5)
+    assert got.methods is None
+    assert report.flags("doc", argv=["--methods", "a b", "c"]).methods == ("a b", "c")
 
 
 def test_a_claim_that_does_not_reproduce_is_an_error(records, capsys):
