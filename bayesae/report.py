@@ -214,12 +214,8 @@ def _cell(values: list[float]) -> str:
     if not values:
         return ""
     mean = statistics.fmean(values)
-    if 0 < abs(mean) < 5e-4:
-        return f"{mean:.0e}"
-    digits = 3 if abs(mean) < 10 else 1
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    style = ".0e" if 0 < abs(mean) < 5e-4 else ".3f" if abs(mean) < 10 else ".1f"
+    return f"{mean:{style}}" + (f" ± {statistics.stdev(values):{style}}" if len(values) > 1 else "")
 
 
 _BLOCK = re.compile(r"(<!-- table: (\S+)(.*?) -->\n).*?(<!-- /table -->)", re.DOTALL)
