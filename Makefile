@@ -12,7 +12,7 @@ slow:
 	$(PYTHON) -m pytest -m "slow or data"
 
 lint:
-	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m pyright
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 check: lint test
 
