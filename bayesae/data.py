@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
@@ -79,7 +79,10 @@ def _checked(batch: Batch, like: Tensor) -> Batch:
     named = {"x": x}
     target = batch.target
     if target is not None:
-        named["target"] = target = moved(target)
+        target = moved(target)
+        if mask is not None and target[0].numel() == mask[0].numel():
+            target = torch.where(mask.reshape(target.shape), target, 0)
+        named["target"] = target
     check_finite(named, "data", "Remove those rows, fill those entries in, or mask them.")
     context = None if batch.context is None else as_tensor(batch.context).to(like.device)
     return Batch(x, mask, context, target, batch.index)
@@ -100,18 +103,27 @@ def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
         DataError: If a loader shuffles: the caller could not tell which score is whose.
     """
     if isinstance(data, DataLoader):
-        if not isinstance(data.sampler, SequentialSampler):
-            raise DataError(
-                "rows in their own order", f"a loader with {type(data.sampler).__name__}", "Use shuffle=False."
-            )
+        if not isinstance(data.dataset, IterableDataset) and not isinstance(_sampler(data), SequentialSampler):
+            kind = type(_sampler(data) or data.batch_sampler).__name__
+            raise DataError("rows in their own order", f"a loader with {kind}", "Use shuffle=False.")
         pieces = list(batches(data, like, batch_size=1, is_shuffled=False))
-        x = torch.cat([piece.x for piece in pieces])
+        optional = {name: [getattr(piece, name) for piece in pieces] for name in ("mask", "context", "target")}
+        given = {name: torch.cat(part) for name, part in optional.items() if part[0] is not None}
+        rows = Batch(torch.cat([piece.x for piece in pieces]), **given)
     elif isinstance(data, Dataset):
         x = torch.stack([as_tensor(_first(data[i])) for i in range(count_rows(data))])
+        rows = Batch(x)
     else:
-        x = as_tensor(data)
-    rows = _checked(Batch(x, mask), like)
+        rows = Batch(as_tensor(data))
+    if mask is not None:
+        rows = rows._replace(mask=mask)
+    rows = _checked(rows, like)
     return rows._replace(index=torch.arange(len(rows.x)))
+
+
+def _sampler(loader: DataLoader) -> object:
+    """What gives row numbers to a loader; None if only its author knows (a batch sampler or batches of their own)."""
+    return loader.sampler if type(loader.batch_sampler) is BatchSampler else None
 
 
 def count_rows(data: Data, n_data: int | None = None) -> int:
@@ -130,13 +142,12 @@ def count_rows(data: Data, n_data: int | None = None) -> int:
     if n_data is not None:
         check_counts(n_data=n_data)
         return n_data
-    rows: Any = data.sampler if isinstance(data, DataLoader) else data
-    if not isinstance(rows, Sized) and not hasattr(rows, "__len__"):
-        raise DataError("data of known length", f"{type(data).__name__} without len()", "Give n_data=.")
+    rows: Any = _sampler(data) if isinstance(data, DataLoader) else data
     try:
         n = len(rows)
-    except TypeError as error:
-        raise DataError("data of known length", f"a loader over a stream ({error})", "Give n_data=.") from error
+    except TypeError as error:  # a stream, or batches that somebody else cuts
+        kind = f"{type(data).__name__} without a length of rows"
+        raise DataError("data of known length", kind, "Give n_data=.") from error
     if isinstance(data, DataLoader) and data.drop_last and data.batch_size:
         n -= n % data.batch_size
     if n == 0:
@@ -157,10 +168,17 @@ def batches(data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool) -> 
 
     Yields:
         `Batch` with x and, where the order is ours, the row numbers.
+
+    Raises:
+        DataError: If a loader gives nothing.
     """
     if isinstance(data, DataLoader):
+        is_empty = True
         for item in data:
+            is_empty = False
             yield _checked(item if isinstance(item, Batch) else Batch(as_tensor(_first(item))), like)
+        if is_empty:
+            raise DataError("at least one batch", "a loader that gave none", "Was it a stream, read once already?")
         return
     n_data = count_rows(data)
     order = torch.randperm(n_data) if is_shuffled else torch.arange(n_data)

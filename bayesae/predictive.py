@@ -161,12 +161,12 @@ class Predictive:
         rows = self._rows(x, mask, seed)
         has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
         if has_closed_form and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
-            moments = self._closed_form(rows.x, chunk_size)
+            moments = self._closed_form(rows, chunk_size)
         else:
             with random.scope(seed, rows.x.device):
                 moments = self._streamed(rows, n_weight_draws, n_latent_draws, size)
         shaped = {name: getattr(moments, name) for name in ("mean", "noise", "code", "weights", "standard_error")}
-        shaped = {name: v if v is None else v.reshape(rows.x.shape) for name, v in shaped.items()}
+        shaped = {name: v if v is None else v.reshape(rows.explained.shape) for name, v in shaped.items()}
         finite = {name: v for name, v in shaped.items() if v is not None and name != "standard_error"}
         check_finite(finite, "moments", "Are the inputs far outside the training range?")
         return replace(moments, **shaped)
@@ -202,7 +202,7 @@ class Predictive:
         # a loader draws a number when it starts, which the weights should not feel
         with random.scope(seed) if isinstance(x, DataLoader) else nullcontext():
             rows = as_rows(x, self.model.reference, mask)
-        self.model.likelihood.check(rows.x)
+        self.model.likelihood.check(rows.explained)
         return rows
 
     def _n_draws(self, n_weight_draws: int | None) -> int:
@@ -228,7 +228,8 @@ class Predictive:
         assert rows.index is not None
         for index in rows.index.split(max(1, chunk_size // n_calls)):
             part = slice(int(index[0]), int(index[-1]) + 1)
-            yield Batch(rows.x[part], None if rows.mask is None else rows.mask[part], index=index)
+            fields = {name: value[part] for name, value in rows._asdict().items() if value is not None}
+            yield Batch(**fields)
 
     def _evaluate(self, params: Params, batch: Batch, n_latent_draws: int) -> Draws:
         if not self.is_linearised:
@@ -246,10 +247,10 @@ class Predictive:
         log_prior = self.model.log_prior(latents)
         return Draws(latents, log_likelihood, log_prior, None, self.model.likelihood, outputs=outputs)
 
-    def _closed_form(self, rows: Tensor, chunk_size: int | None) -> Moments:
+    def _closed_form(self, rows: Batch, chunk_size: int | None) -> Moments:
         assert isinstance(self.weights, _HasOutputVariance)
-        outputs, variance = self.weights.output_variance(self.model.network, rows, chunk_size)
-        _check_size(outputs[0].numel(), rows)
+        outputs, variance = self.weights.output_variance(self.model.network, rows.x, chunk_size)
+        _check_size(outputs[0].numel(), rows.explained)
         mean, noise, weights = self.model.likelihood.normal_moments(outputs, variance)
         return Moments(mean, noise, torch.zeros_like(mean), weights, self.model.likelihood)
 

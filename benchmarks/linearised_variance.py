@@ -52,6 +52,11 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def one_output(params: dict[str, Tensor], network: nn.Module, row: Tensor, o: int) -> Tensor:
+    """Output ``o`` of one row as a function of the weights."""
+    return torch.func.functional_call(network, params, (row,))[0, o]
+
+
 def ours() -> dict[str, float]:
     """Time, memory and error of `Predictive.moments`."""
     imported = peak_gigabytes()
@@ -69,7 +74,7 @@ def ours() -> dict[str, float]:
     for _ in range(50):
         i, o = (int(torch.randint(high, (), generator=generator)) for high in (N_IMAGES, 784))
         row = x[i : i + 1].double()
-        gradient = torch.func.grad(lambda p: torch.func.functional_call(network, p, (row,))[0, o])(params)  # noqa: B023
+        gradient = torch.func.grad(one_output)(params, network, row, o)
         exact = sum(float((gradient[name] ** 2 * variances[name]).sum()) for name in params)
         worst = max(worst, abs(float(variance[i].flatten()[o]) / exact - 1))
     return {

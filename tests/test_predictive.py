@@ -218,6 +218,31 @@ class TestLoaders:
         assert torch.equal(state, torch.get_rng_state())
         assert torch.equal(got, predictive(rows, seed=0).log_likelihood)
 
+    def test_masks_and_targets_of_batches_are_kept(self, model, rows):
+        mask, target = torch.rand(9, 7) > 0.4, torch.rand_like(rows)
+        holed = torch.where(mask, rows, torch.nan)
+        loader = torch.utils.data.DataLoader(
+            range(9), batch_size=4, collate_fn=lambda i: bae.Batch(holed[i], mask[i], target=target[i])
+        )
+        weights = particles(model, 2)
+        draws = bae.Predictive(model, weights)(loader, keep_outputs=True)
+        expected = torch.distributions.Normal(draws.outputs, 0.3).log_prob(target).mul(mask).sum(-1)
+        assert_close(draws.log_likelihood, expected, rtol=1e-12, atol=1e-12)
+        same = bae.Predictive(model, weights)(holed, mask, keep_outputs=True)
+        assert_close(draws.outputs, same.outputs, rtol=1e-12, atol=1e-12)
+
+    def test_a_stream_comes_in_its_own_order_and_a_batch_sampler_may_not(self, model, rows):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield from rows
+
+        predictive = bae.Predictive(model, particles(model, 2))
+        got = predictive(torch.utils.data.DataLoader(Stream(), batch_size=4)).log_likelihood
+        assert torch.equal(got, predictive(rows).log_likelihood)
+        loader = torch.utils.data.DataLoader(rows, batch_sampler=[[3, 1], [0]])
+        with pytest.raises(bae.errors.DataError, match="a loader with list"):
+            predictive(loader)
+
     def test_shuffled_rows_are_refused(self, model, rows):
         loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True)
         with pytest.raises(bae.errors.DataError, match="shuffle=False"):

@@ -16,7 +16,7 @@ from bayesae import objectives, random
 from bayesae.codes import CodePosterior, encode
 from bayesae.data import Data, batches, check_counts, count_rows
 from bayesae.draws import Draws
-from bayesae.errors import NonFiniteError, ParameterError, UnsupportedError
+from bayesae.errors import DataError, NonFiniteError, ParameterError, UnsupportedError
 from bayesae.joint import IsotropicNormal
 from bayesae.likelihoods import Gaussian
 from bayesae.models import Autoencoder
@@ -175,6 +175,7 @@ def estimate_noise(model: Autoencoder, data: Data, *, codes: CodePosterior = enc
 
     Raises:
         UnsupportedError: If the likelihood has no noise to learn.
+        DataError: If no entry is observed.
     """
     likelihood = model.likelihood
     if not isinstance(likelihood, Gaussian) or not likelihood.is_learned:
@@ -191,6 +192,8 @@ def estimate_noise(model: Autoencoder, data: Data, *, codes: CodePosterior = enc
             observed = torch.ones_like(residual) if batch.mask is None else batch.mask.reshape(-1, *shape)
             squares += float((residual**2 * observed).sum())
             count += int(observed.expand_as(residual).sum())
+    if count == 0:
+        raise DataError("an observed entry to estimate the noise on", "none", "Every entry of every row is masked.")
     likelihood.set_noise_var(squares / count)
     return math.sqrt(likelihood.noise_var)
 

@@ -86,6 +86,36 @@ class TestLoaders:
         assert_close(got.var, fixed.posterior(state, joint).var)
         bae.fit_model(small_model(bae.likelihoods.Gaussian()), loader, epochs=1)
 
+    def test_batches_that_somebody_else_cuts_need_n_data(self, model, rows):
+        for loader in (DataLoader(rows, batch_sampler=[[3, 1], [0]]), DataLoader([rows], batch_size=None)):
+            with pytest.raises(bae.errors.DataError, match="Give n_data="):
+                bae.fit_model(model, loader)
+
+    def test_a_stream_that_is_used_up_is_said(self, model, rows):
+        class Once(torch.utils.data.IterableDataset):
+            left = [rows[0], rows[1]]
+
+            def __iter__(self):
+                while self.left:
+                    yield self.left.pop()
+
+        with pytest.raises(bae.errors.DataError, match="read once already"):
+            bae.fit_model(model, DataLoader(Once(), batch_size=2), n_data=2, epochs=2)
+
+    def test_targets_may_be_missing_where_they_are_masked(self, model, rows):
+        mask = torch.rand(9, 7) > 0.5
+        holed = torch.where(mask, rows, torch.nan)
+        loader = DataLoader(range(9), batch_size=3, collate_fn=lambda i: bae.Batch(holed[i], mask[i], target=holed[i]))
+        bae.fit_model(model, loader, epochs=1)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+    def test_noise_of_nothing(self, rows):
+        model = small_model(bae.likelihoods.Gaussian())
+        none = torch.zeros(9, 7, dtype=torch.bool)
+        loader = DataLoader(range(9), batch_size=3, collate_fn=lambda i: bae.Batch(rows[i], none[i]))
+        with pytest.raises(bae.errors.DataError, match="observed entry"):
+            bae.estimate_noise(model, loader)
+
     def test_a_stream_needs_its_length_told(self, model, rows):
         class Stream(torch.utils.data.IterableDataset):
             def __iter__(self):
