@@ -22,8 +22,8 @@ variance. At a precision of 1 that is far above what the others have, so that an
 evidence finds a much larger precision, and with a code of 2 most of the difference goes. Both are in the table
 ("Laplace" and "Laplace, prior 1"). Every AUROC is given twice, as the images are and with the pixels that no training
 image lights set to 0 in both sets ("border zeroed"). Where 10,000 garments light every pixel the two are equal; on
-MNIST zeroing takes little away even at a precision of 1, because pixels that are lit *rarely* do what never-lit ones
-do.
+MNIST zeroing takes little away even at a precision of 1, presumably because pixels that are lit *rarely* do what
+never-lit ones do.
 
 Expected over seeds 0 to 2 (checked at the end of a run that is neither ``--fast`` nor ``--full``): on Fashion-MNIST
 against MNIST with a code of 32 an AUROC of 0.97 ± 0.02 for the named score and of 0.25 ± 0.1 for the summed weight
