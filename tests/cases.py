@@ -32,6 +32,10 @@ def marginal_variance(world: ConjugateRegression) -> Params:
     return {"weight": variance[:-1].expand(n_out, -1), "bias": variance[-1:].expand(n_out)}
 
 
+def correlated() -> ConjugateRegression:
+    return ConjugateRegression.make(is_orthogonal=False)
+
+
 def no_variance(world: ConjugateRegression) -> Params:
     return {name: torch.zeros_like(leaf) for name, leaf in world.mean.items()}
 
@@ -39,6 +43,15 @@ def no_variance(world: ConjugateRegression) -> Params:
 WEIGHT_CASES = [
     WeightCase("MAP", bae.weights.MAP, ConjugateRegression.make, no_variance),
     WeightCase("Laplace", lambda: bae.weights.Laplace(tunes_prior=False), ConjugateRegression.make, marginal_variance),
+    *(
+        WeightCase(
+            f"Laplace {structure}",
+            lambda structure=structure: bae.weights.Laplace(structure, tunes_prior=False),
+            correlated,
+            marginal_variance,
+        )
+        for structure in ("dense", "kronecker", "eigencorrected", "low_rank")
+    ),
     # of a log-joint with one mode every member finds it: the docstring's "Biased when", as an equality
     WeightCase(
         "Ensemble",
@@ -52,7 +65,7 @@ WEIGHT_CASES = [
 
 def posterior_moments(posterior) -> tuple[Params, Params]:
     """Mean and variance of every weight."""
-    if isinstance(posterior, bae.families.DiagonalNormal):
+    if posterior.n_atoms is None:
         return posterior.mean, posterior.variances()
     atoms = posterior.sample(posterior.n_atoms)
     assert n_draws(atoms) == posterior.n_atoms

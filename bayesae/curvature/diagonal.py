@@ -2,89 +2,158 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayesae.curvature.chain import LinearStep, Trace, rows_per_chunk, trace
+from bayesae.curvature.general import gradients, row_chunks
+from bayesae.curvature.hessian import Hessian, HessianFunction
+from bayesae.curvature.linear import ConvStep, LinearStep
+from bayesae.curvature.linearisation import Linearisation
+from bayesae.curvature.locality import Field
+from bayesae.curvature.plan import reach_for
 from bayesae.curvature.quadratic import QuadraticForm
+from bayesae.curvature.steps import Step
+from bayesae.curvature.sweep import sweep, unit_rows
 from bayesae.types import Params
 
-__all__ = ["ggn_diagonal"]
+__all__ = ["DiagonalVisitor", "ggn_diagonal", "shared_diagonal"]
 
 
 @torch.no_grad()
 def ggn_diagonal(
-    network: nn.Module,
-    params: Params,
-    x: Tensor,
-    output_hessian: Callable[[Tensor], Tensor],
-    *,
-    mask: Tensor | None = None,
-    chunk_size: int | None = None,
+    lin: Linearisation, x: Tensor, output_hessian: HessianFunction, *, mask: Tensor | None = None
 ) -> Params:
     r"""Diagonal of the generalised Gauss-Newton matrix, summed over the rows of a batch.
 
     .. math:: G = \sum_{b=1}^{B} J_b^\top H_b J_b, \qquad
               G_{(i,j),(i,j)} = \sum_b a_{b,j}^2 \, (M_b)_{ii}
 
-    for entry (i, j) of a linear layer with inputs a and M = J^T H J with respect to its pre-activations. M is
-    carried back from the outputs as a factor or as a Gram matrix, whichever is smaller, so that below the
-    narrowest layer no more than its width of rows is carried, whatever the number of outputs.
+    for entry (i, j) of a linear layer with inputs a and M = J^T H J with respect to its pre-activations. M is carried
+    back from the outputs as a factor or as a Gram matrix, whichever is smaller, so that before the narrowest layer no
+    more than its width of rows is carried, whatever the number of outputs. Convolutional decoders: outputs whose
+    fields at a layer do not meet share a row; the code gets its matrix by forward mode. `plan` shows the routes.
 
     Args:
-        network: Nested ``nn.Sequential`` of Linear and element-wise layers.
-        params: Where to differentiate: every parameter in its own shape.
+        lin: The network at its weights.
         x: (B, \*data).
-        output_hessian: From outputs (B, \*O) to the Hessian of -log p in them: () for a multiple of the
-            identity, or its diagonal (B, \*O).
+        output_hessian: From outputs (B, \*O) to the Hessian of -log p in them: () for a multiple of the identity, its
+            diagonal (B, \*O), a `BlockHessian` or a `LowRankHessian`.
         mask: True where an output counts, as many numbers as outputs; None if all do.
-        chunk_size: Rows at a time; chosen to keep temporaries within a quarter of a gigabyte if None.
 
     Returns:
         Non-negative, in the shape of every parameter, units 1 / (units of theta) squared.
 
-    Exact when: always (to rounding), for any likelihood whose Hessian in the outputs is diagonal.
-    Cost: about R * width * width operations a row and layer, R the smaller of outputs and last hidden width
-        until the narrowest layer; temporaries of (B, outputs, width).
+    Exact when: always (to rounding).
+    Cost: a few forward passes (see benchmarks); a layer without a rule of its own costs torch.func products.
 
     Raises:
-        UnsupportedError: If a layer has no rule; it is named.
+        UnsupportedError: If a layer's output is not one tensor with a row for every datum.
 
     References:
         | Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent (Schraudolph, 2002)
         | Practical Gauss-Newton Optimisation for Deep Learning (Botev, Ritter, Barber, 2017): the recursion
+        | Curtis, Powell, Reid (1974): colouring of sparse Jacobians
     """
-    if chunk_size is None:
-        chunk_size = rows_per_chunk(network, trace(network, params, x[:1]).outputs.numel())
-    result: Params = {}
-    for start in range(0, len(x), chunk_size):
-        rows = slice(start, start + chunk_size)
-        chain = trace(network, params, x[rows])
-        hessian = output_hessian(chain.outputs)
-        if mask is not None:
-            hessian = hessian * mask[rows].reshape(chain.outputs.shape)
-        for name, value in _one_chunk(chain, hessian, params).items():
-            result[name] = result[name] + value if name in result else value
-    return result
+    total: Params = {}
+
+    def visitor(steps: list[Step]) -> DiagonalVisitor:
+        return DiagonalVisitor(steps, lin.shared, total)
+
+    sweep(lin, x, output_hessian, mask, visitor)
+    if lin.shared:
+        for name, value in shared_diagonal(lin, x, output_hessian, mask).items():
+            total[name] = value
+    return {name: total[name] if name in total else torch.zeros_like(leaf) for name, leaf in lin.params.items()}
 
 
-def _one_chunk(chain: Trace, hessian: Tensor, params: Params) -> Params:
-    n_outputs = chain.outputs[0].numel()
-    hessian = hessian.to(chain.outputs.dtype)
-    form = QuadraticForm(n_outputs, hessian if hessian.dim() == 0 else hessian.flatten(1))
-    result = {name: torch.zeros_like(leaf, dtype=chain.outputs.dtype) for name, leaf in params.items()}
-    first = next(step for step in chain.steps if isinstance(step, LinearStep))
-    for step in reversed(chain.steps):
-        if not isinstance(step, LinearStep):
-            form = form.through_slope(step.slope)
-            continue
-        diagonal = form.diagonal().expand(len(chain.outputs), -1)
-        result[step.weight_name] = diagonal.mT @ step.inputs**2
-        if step.bias_name is not None:
-            result[step.bias_name] = diagonal.sum(0)
-        if step is first:
-            break
-        form = form.through_linear(step.weight)
-    return result
+class DiagonalVisitor:
+    """Sums of squared gradients of every layer.
+
+    Args:
+        steps: Trace of a whole batch.
+        left_out: Names of parameters that somebody else accounts for.
+        total: Sums so far, by name; added to.
+    """
+
+    colours = "all"
+
+    def __init__(self, steps: list[Step], left_out: frozenset[str], total: Params) -> None:
+        self.steps, self.left_out, self.total = steps, left_out, total
+        self.part = slice(None)
+        # squared norms of the columns at Linear layers, whose products over data are done once a batch
+        self.norms: dict[int, Tensor] = {}
+
+    def start(self, part: slice) -> None:
+        """The next chunk."""
+        self.part = part
+
+    def finish(self) -> None:
+        """End of the batch."""
+        for index, norms in self.norms.items():
+            step = self.steps[index]
+            assert isinstance(step, LinearStep)
+            self._add(step.sums_of_norms(norms))
+
+    def _add(self, sums: Params) -> None:
+        for name, value in sums.items():
+            if name not in self.left_out:
+                self.total[name] = self.total[name] + value if name in self.total else value
+
+    def _add_norms(self, index: int, step: Step, norms: Tensor) -> None:
+        if index not in self.norms:
+            n = len(self.steps[index].value)
+            self.norms[index] = norms.new_zeros(n, step.width)
+        self.norms[index][self.part] += norms
+
+    def form(self, index: int, step: LinearStep, form: QuadraticForm) -> None:
+        """Only the diagonal of M is read."""
+        self._add_norms(index, step, form.diagonal())
+
+    def rows(self, index: int, step: Step, rows: Tensor) -> None:
+        """Squared gradients."""
+        if isinstance(step, LinearStep) and step.inputs.dim() == 2:
+            self._add_norms(index, step, (rows * rows).sum(1))
+        else:
+            self._add(step.square_sums(rows))
+
+    def coloured(self, index: int, step: Step, rows: Tensor, field: Field) -> None:
+        """Of a Linear layer the same norms; of a convolution a band of products."""
+        if isinstance(step, ConvStep):
+            shifts = step.shifts(reach_for(step, field, self.colours), of_weight_only=True)
+            self._add({step.layout.weight: step.banded_square_sums(rows, shifts)})
+        else:
+            self.rows(index, step, rows)
+
+    def columns(self, index: int, name: str, norms: Tensor) -> None:
+        """As they come."""
+        self._add({name: norms})
+
+
+def shared_diagonal(
+    lin: Linearisation,
+    x: Tensor,
+    output_hessian: HessianFunction,
+    mask: Tensor | None,
+    names: Sequence[str] | None = None,
+) -> Params:
+    """The diagonal for parameters that stand in several places, one vector-Jacobian product an output."""
+    from bayesae.curvature.hessian import read_hessian
+
+    names = sorted(lin.shared) if names is None else names
+    total = {name: torch.zeros_like(lin.params[name]) for name in names}
+    for part, steps in lin.batches(x):
+        outputs = steps[-1].value
+        hessian = read_hessian(output_hessian(outputs), outputs, None if mask is None else mask[part])
+        for rows in all_rows(hessian, outputs):
+            for some in row_chunks(lin, names, len(outputs), rows.shape[1]):
+                for name, g in gradients(lin, steps[0].value, rows[:, some], names).items():
+                    total[name] = total[name] + (g**2).sum((0, 1))
+    return total
+
+
+def all_rows(hessian: Hessian, outputs: Tensor) -> list[Tensor]:
+    """Rows whose Gram matrices add up to H."""
+    rows = [unit_rows(hessian, outputs)]
+    return rows if hessian.dense is None else [*rows, hessian.dense]

@@ -1,4 +1,4 @@
-"""Normal distributions over weights."""
+"""Normal distributions over independent weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayesae.curvature import output_variance
+from bayesae.curvature import DiagonalCovariance
 from bayesae.errors import ShapeError
+from bayesae.families.base import Normal, check_sign, standard_normal
 from bayesae.functional import check_finite
-from bayesae.random import per_draw
 from bayesae.subset import Subset
 from bayesae.types import Params
 
@@ -19,7 +19,7 @@ __all__ = ["DiagonalNormal"]
 
 
 @dataclass(frozen=True)
-class DiagonalNormal:
+class DiagonalNormal(Normal):
     r"""q(theta) = N(mean, diag(var)) over a subset of the weights, the others fixed at the mean.
 
     Args:
@@ -36,6 +36,7 @@ class DiagonalNormal:
         ParameterError: If the subset names unknown parameters.
         ShapeError: If ``var`` is not (P,).
         NonFiniteError: If a mean or a variance is not finite.
+        DataError: If a variance is negative.
     """
 
     mean: Params
@@ -49,28 +50,16 @@ class DiagonalNormal:
         if self.var.shape != (len(self.subset),):
             raise ShapeError(f"var of shape ({len(self.subset)},)", f"{tuple(self.var.shape)}", "Ravel it first.")
         check_finite(self.mean | {"var": self.var}, "means and variances", "Did the training diverge?")
+        check_sign(self.var, "variances", allows_zero=True)
 
-    @property
-    def n_atoms(self) -> int | None:
-        """None: continuous."""
-        return None
+    def covariance(self) -> DiagonalCovariance:
+        """Independent weights."""
+        return DiagonalCovariance(self._in_shape(self.var))
 
-    def sample(self, n: int) -> Params:
-        r"""Draws of every parameter, leaves (S = n, \*shape); fixed ones are expanded without a copy."""
-        centre = self.subset.ravel(self.mean)
-        var = self.var.to(centre)
+    def _deviation(self, generator: torch.Generator) -> Tensor:
+        # in the network's own dtype: nothing is solved or rotated here
+        var = self.var.to(self.subset.ravel(self.mean))
+        return var.sqrt() * standard_normal(var, generator)
 
-        def draw(generator: torch.Generator) -> Tensor:
-            noise = torch.randn(centre.shape, generator=generator, dtype=centre.dtype, device=centre.device)
-            return centre + var.sqrt() * noise
-
-        return self.subset.scatter(per_draw(n, draw, centre.device), self.mean)
-
-    def variances(self) -> Params:
-        """Variance of every parameter in its own shape, 0 for fixed ones."""
-        zeros = {name: torch.zeros_like(leaf) for name, leaf in self.mean.items()}
-        return self.subset.scatter(self.var.to(next(iter(zeros.values()))), zeros)
-
-    def output_variance(self, network: nn.Module, x: Tensor, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
-        r"""Outputs at the mean and their exact variance in the linearised network, both (B, \*O)."""
-        return output_variance(network, self.mean, self.variances(), x, chunk_size=chunk_size)
+    def _marginal_variance(self) -> Tensor:
+        return self.var

@@ -1,94 +1,147 @@
-"""Laplace's approximation with the exact diagonal of the generalised Gauss-Newton matrix."""
+"""Laplace's approximation with the generalised Gauss-Newton matrix, in one of five structures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from bayesae.curvature import ggn_diagonal
-from bayesae.errors import NotFittedError, UnsupportedError
-from bayesae.families import DiagonalNormal
+from bayesae.curvature import Linearisation
+from bayesae.errors import DataError, NotFittedError, UnsupportedError
+from bayesae.families.base import Normal
 from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.subset import Subset
 from bayesae.types import Batch, Params
 from bayesae.weights.base import Info
+from bayesae.weights.structures import Dense, Diagonal, Eigencorrected, Kronecker, LowRank, Structure
 
 __all__ = ["Laplace", "LaplaceState"]
+
+_NOTHING = 1e-30  # effective weights: what the jitter of a factorisation may leave of a curvature of 0
+_STRUCTURES: dict[str, Structure] = {
+    "diagonal": Diagonal(),
+    "kronecker": Kronecker(),
+    "eigencorrected": Eigencorrected(),
+    "low_rank": LowRank(),
+    "dense": Dense(),
+}
 
 
 @dataclass(frozen=True)
 class LaplaceState:
-    """Sums over the rows seen so far.
+    """Sums over the rows of the pass at hand.
 
     Args:
-        params: The mode, every parameter in its own shape.
+        params: The mode, every parameter in its own shape and dtype.
+        linearisation: The network there.
         subset: The uncertain weights.
-        diagonal: Diagonal of the sum of J^T H J over rows, (P,), float64.
-        log_likelihood: Sum of log p(x | theta) over rows, nats.
-        n_seen: Rows.
+        sums: What the structure has summed, float64.
+        log_likelihood: Sum of log p(x | theta) over the rows of this pass, nats.
+        n_seen: Rows of this pass.
+        n_passes_done: Passes before this one.
     """
 
     params: Params
+    linearisation: Linearisation
     subset: Subset
-    diagonal: Tensor
-    log_likelihood: float
-    n_seen: int
+    sums: Any
+    log_likelihood: float = 0.0
+    n_seen: int = 0
+    n_passes_done: int = 0
 
 
 @dataclass(frozen=True)
 class Laplace:
-    r"""Gaussian posterior over weights by a second-order expansion at the mode, diagonal precision.
+    r"""Gaussian posterior over weights by a second-order expansion at the mode.
 
     .. math:: q(\theta) = \mathcal{N}(\theta_*, \Lambda^{-1}), \quad
-              \Lambda = \tfrac{1}{T} \operatorname{diag}\Big(\sum_{i=1}^N J_i^\top H_i J_i + \lambda I\Big)
+              \Lambda = \tfrac{1}{T} (\hat G + \lambda I), \quad
+              \hat G \approx G = \sum_{i=1}^N J_i^\top H_i J_i
 
     with :math:`J_i` (O, P) the Jacobian of the outputs and :math:`H_i` (O, O) the Hessian of -log p(x_i | outputs).
-    Outputs are summed over, N is the number of rows, and nothing is scaled by a batch.
+    Outputs are summed over, N is the number of rows, and nothing is scaled by a batch. Of G the structure keeps
+
+    ==================  =======================================================================================
+    "diagonal"          its diagonal: `DiagonalNormal`
+    "kronecker"         a Kronecker product a layer, weight and bias joined, and the exact diagonal of parameters
+                        of layers that have none: `KroneckerNormal`
+    "eigencorrected"    the Kronecker eigenbases, and G's exact diagonal in them; two passes: `KroneckerNormal`
+    "low_rank"          its strongest 20 directions, and the rest of its diagonal; two passes: `LowRankNormal`;
+                        `LowRank` itself sets rank and passes
+    "dense"             all of it, for up to 16 384 weights: `DenseNormal`
+    ==================  =======================================================================================
 
     The prior precision is the one that maximises the evidence at the mode,
 
-    .. math:: \log p(D) \approx \log p(D, \theta_*) + \tfrac{P}{2} \log 2\pi - \tfrac12 \log\det\Lambda,
+    .. math:: \log p(D) \approx \log p(D, \theta_*) + \tfrac{P}{2} \log 2\pi
+              - \tfrac12 \log\det (\hat G + \lambda I),
 
     the unique root of :math:`\gamma(\lambda) = \lambda \lVert\theta_*\rVert^2` with the effective number of
-    weights :math:`\gamma = \sum_p h_p / (h_p + \lambda)`: the left side falls with lambda, the right side rises.
+    weights :math:`\gamma = \operatorname{tr} \hat G (\hat G + \lambda I)^{-1}`: the left side falls with lambda, the
+    right side rises.
 
     Args:
-        subset: The uncertain weights: a `Subset`, or name patterns as in `Subset.of`; all by default.
+        structure: A name from the table, or a `LowRank`.
+        subset: The uncertain weights: a `Subset`, or name patterns as in `Subset.of`; all by default. Kronecker
+            structures want whole layers.
         tunes_prior: Whether lambda comes from the evidence, so that the joint's own precision is not read; else
             it is the joint's. The mean stays where training left it either way.
 
-    It leaves a `DiagonalNormal` that is linearised by default: sampling a Laplace posterior through the network itself
+    It leaves a Normal that is linearised by default: sampling a Laplace posterior through the network itself
     leaves the region where the expansion holds, its best-known failure. Its ``info`` has ``log_evidence`` (at T = 1),
     ``prior_precision`` and ``n_effective``.
 
-    Exact when: the outputs are linear in theta, the likelihood is Gaussian and the columns of the Jacobian are
-        orthogonal.
-    Biased when: theta_* is not a mode; always over-states certainty along correlated weights, and its
-        determinant over-states the evidence's penalty.
-    Cost: one forward and about one backward pass of small matrices per batch; memory P.
+    A structure of several passes wants exactly ``joint.n_data`` rows in each, pass after pass; one of one pass takes
+    any number and scales the sums to ``joint.n_data``.
+
+    Exact when: the outputs are linear in theta and the likelihood is Gaussian ("dense"); and beyond that the columns
+        of the Jacobian are orthogonal ("diagonal"), there is one linear layer ("kronecker", "eigencorrected"), or
+        the rank of G is at most the structure's ("low_rank").
+    Biased when: theta_* is not a mode. "diagonal" always over-states certainty along correlated weights, and its
+        determinant over-states the evidence's penalty; Kronecker structures do so across layers.
+    Cost: one forward and about one backward pass of small matrices per batch and pass ("diagonal", "kronecker");
+        30 products with G per batch and pass ("low_rank"); an eigendecomposition of every factor, or of (P, P)
+        ("dense"); memory P, the sum of in^2 + out^2 over layers, 60 P, or P^2.
 
     Raises:
         UnsupportedError: If a layer has no curvature rule, the prior is not an `IsotropicNormal`, the code is
-            stochastic, or there is nothing to tune a prior on (weights all 0, no observed entry).
-        NotFittedError: If no row was seen.
+            stochastic, there is nothing to tune a prior on (weights all 0, no observed entry), the structure is
+            unknown, it would not fit into memory, or the subset cuts a layer that a Kronecker structure keeps whole.
+        NotFittedError: If no row was seen, or a structure of several passes has not seen all of them.
+        DataError: If a pass of a structure of several does not end with a batch.
 
     References:
         | A Practical Bayesian Framework for Backpropagation Networks (MacKay, 1992)
+        | A Scalable Laplace Approximation for Neural Networks (Ritter, Botev, Barber, 2018): "kronecker"
+        | Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis (George et al., 2018):
+          "eigencorrected"
         | Laplacian Autoencoders for Learning Stochastic Representations (Miani et al., 2022)
-        | Departure: the exact diagonal, with the likelihood's own Hessian and an estimated noise variance.
+        | Departure: exact sums, with the likelihood's own Hessian and an estimated noise variance.
     """
 
+    structure: str | Structure = "diagonal"
     subset: Subset | Sequence[str] = ("**",)
     tunes_prior: bool = True
 
+    def __post_init__(self) -> None:
+        is_name = isinstance(self.structure, str)
+        if not (self.structure in _STRUCTURES if is_name else isinstance(self.structure, Structure)):
+            expected = f"a structure, one of {list(_STRUCTURES)} or LowRank(...)"
+            got = repr(self.structure) if is_name else type(self.structure).__name__
+            fix = "Weights are chosen by subset=, as in Laplace(subset=('decoder.**',))."
+            raise UnsupportedError(expected, got, fix)
+
     @property
     def epochs(self) -> int:
-        """1: sums over rows."""
-        return 1
+        """Passes over the data that the structure wants: 1 or 2, of `LowRank` its own."""
+        return self._structure.n_passes
+
+    @property
+    def _structure(self) -> Structure:
+        return _STRUCTURES[self.structure] if isinstance(self.structure, str) else self.structure
 
     def init(self, params: Params, joint: LogJoint) -> LaplaceState:
         """No row seen."""
@@ -100,55 +153,84 @@ class Laplace:
             )
         subset = self.subset if isinstance(self.subset, Subset) else Subset.of(joint.network, self.subset)
         subset.check(params)
-        device = next(iter(params.values())).device
-        return LaplaceState(params, subset, torch.zeros(len(subset), dtype=torch.float64, device=device), 0.0, 0)
+        linearisation = Linearisation(joint.network, params)
+        return LaplaceState(params, linearisation, subset, self._structure.start(linearisation, subset))
 
     @torch.no_grad()
     def update(self, state: LaplaceState, batch: Batch, joint: LogJoint) -> tuple[LaplaceState, Info]:
-        """Add the rows of one batch."""
-        whole = ggn_diagonal(joint.network, state.params, batch.x, joint.likelihood.output_hessian, mask=batch.mask)
-        diagonal = state.diagonal + state.subset.ravel(whole).double()
+        """Add the rows of one batch; begins the next pass where one is complete."""
+        if self.epochs > 1:
+            state = self._at_pass(state, len(batch.x), joint.n_data)
+        hessian = joint.likelihood.output_hessian
+        sums = self._structure.add(state.sums, state.linearisation, state.subset, batch, hessian)
         params = {name: leaf[None] for name, leaf in state.params.items()}
         log_likelihood = float(joint.per_example(params, batch).double().sum())
-        n_seen = state.n_seen + len(batch.x)
-        new = LaplaceState(state.params, state.subset, diagonal, state.log_likelihood + log_likelihood, n_seen)
+        new = replace(
+            state,
+            sums=sums,
+            log_likelihood=state.log_likelihood + log_likelihood,
+            n_seen=state.n_seen + len(batch.x),
+        )
         log_prior = float(joint.prior.log_prob(params))
         return new, Info((log_likelihood * joint.n_data / len(batch.x) + log_prior) / joint.temperature)
 
-    def posterior(self, state: LaplaceState, joint: LogJoint) -> DiagonalNormal:
+    def posterior(self, state: LaplaceState, joint: LogJoint) -> Normal:
         """The Normal around the mode, with its prior precision and evidence."""
         if state.n_seen == 0:
             raise NotFittedError("at least one batch", "none", "Call update first, or use fit_weights.")
+        if self.epochs > 1 and (state.n_passes_done + 1, state.n_seen) != (self.epochs, joint.n_data):
+            raise NotFittedError(
+                f"{self.epochs} passes over n_data = {joint.n_data} rows",
+                f"{state.n_passes_done} and {state.n_seen} rows",
+                "Call update with all rows once for each of `epochs`.",
+            )
         assert isinstance(joint.prior, IsotropicNormal)
         share = joint.n_data / state.n_seen
-        h = state.diagonal * share
+        curvature = self._structure.finish(state.sums, state.subset, share)
         theta = state.subset.ravel(state.params).double()
         square = float(theta @ theta)
-        precision = _evidence_precision(h, square) if self.tunes_prior else joint.prior.precision
-        log_joint = state.log_likelihood * share + 0.5 * (
-            len(theta) * math.log(precision / (2 * math.pi)) - precision * square
+        precision = joint.prior.precision
+        if self.tunes_prior:
+            precision = _evidence_precision(curvature.n_effective, len(theta), square)
+        # of the prior's and the determinant's P / 2 log 2 pi nothing is left
+        log_evidence = state.log_likelihood * share + 0.5 * (
+            len(theta) * math.log(precision) - precision * square - curvature.log_det(precision)
         )
         info = {
             "prior_precision": precision,
-            "n_effective": float((h / (h + precision)).sum()),
-            "log_evidence": log_joint
-            + 0.5 * (len(theta) * math.log(2 * math.pi) - float(torch.log(h + precision).sum())),
+            "n_effective": curvature.n_effective(precision),
+            "log_evidence": log_evidence,
         }
-        var = joint.temperature / (h + precision)
-        return DiagonalNormal(state.params, var, state.subset, is_linearised=True, info=info)
+        return curvature.posterior(state.params, precision, joint.temperature, info)
+
+    def _at_pass(self, state: LaplaceState, n_rows: int, n_data: int) -> LaplaceState:
+        """The state that ``n_rows`` more rows belong to; raises unless a pass ends with a batch."""
+        if state.n_seen == n_data and state.n_passes_done + 1 < self.epochs:
+            sums = self._structure.next_pass(state.sums, state.subset)
+            state = replace(state, sums=sums, log_likelihood=0.0, n_seen=0, n_passes_done=state.n_passes_done + 1)
+        if state.n_seen + n_rows > n_data:
+            raise DataError(
+                f"{self.epochs} passes of n_data = {n_data} rows",
+                f"{state.n_seen + n_rows} rows in pass {state.n_passes_done + 1}",
+                "Is n_data the number of rows of one pass? End every pass with a batch, and stop after the last.",
+            )
+        return state
 
 
-def _evidence_precision(h: Tensor, square: float) -> float:
-    """Root of gamma(lambda) = lambda * square by bisection in log lambda, to rounding."""
-    if square == 0 or not bool((h > 0).any()):
-        what = "a mode at 0" if square == 0 else "no curvature: was no entry observed?"
-        raise UnsupportedError("weights and data to tune the prior on", what, "Use tunes_prior=False.")
-    # gamma <= P gives the upper end; below the lower end gamma > lambda * square for sure
-    high = math.log(len(h) / square) + 1.0
-    low = high - 80.0
-    while high - low > 1e-13 * max(1.0, abs(high)):
-        middle = 0.5 * (low + high)
-        precision = math.exp(middle)
-        too_small = float((h / (h + precision)).sum()) > precision * square
-        low, high = (middle, high) if too_small else (low, middle)
-    return math.exp(0.5 * (low + high))
+def _evidence_precision(n_effective: Callable[[float], float], n_weights: int, square: float) -> float:
+    """Root of gamma(lambda) = lambda * square, to rounding."""
+    if square == 0:
+        raise UnsupportedError("weights and data to tune the prior on", "a mode at 0", "Use tunes_prior=False.")
+    at = math.log(n_weights / square)
+    # log gamma - log lambda - log square falls in log lambda with a slope between -2 and -1, because gamma is a sum of
+    # h / (h + lambda): a step of the gap over 1.5 leaves at most a third of the error, whatever it was
+    for _ in range(60):
+        value = n_effective(math.exp(at))
+        if value < _NOTHING:
+            what = "no curvature: was no entry observed?"
+            raise UnsupportedError("weights and data to tune the prior on", what, "Use tunes_prior=False.")
+        step = (math.log(value / square) - at) / 1.5
+        at += step
+        if abs(step) <= 1e-14 * max(1.0, abs(at)):
+            break
+    return math.exp(at)

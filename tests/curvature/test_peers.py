@@ -12,8 +12,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import bayesae as bae
-from bayesae.curvature import ggn_diagonal
-from bayesae.functional import parameters_of
+from bayesae.curvature import Linearisation, ggn_diagonal
 from tests.conftest import small_model
 
 with warnings.catch_warnings():
@@ -35,7 +34,7 @@ def test_backpack_diagonal(rows):
     loss = extend(nn.MSELoss(reduction="sum"))(network(rows), rows)
     with backpack(DiagGGNExact()):
         loss.backward()
-    got = ggn_diagonal(plain, parameters_of(plain), rows, lambda _: torch.tensor(2.0))
+    got = ggn_diagonal(Linearisation(plain), rows, lambda _: torch.tensor(2.0))
     for name, parameter in network.named_parameters():
         assert_close(got[name], parameter.diag_ggn_exact, rtol=1e-8, atol=1e-10)
 

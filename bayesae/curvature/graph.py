@@ -1,0 +1,388 @@
+"""The graph of layers of a network, read once by torch.fx, and how each kind of layer makes its step."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
+from torch.nn import functional as F
+
+from bayesae.curvature.layout import Layout
+from bayesae.curvature.linear import ConvStep, LinearStep
+from bayesae.curvature.steps import (
+    AddStep,
+    AffineStep,
+    FixedLinearStep,
+    InputStep,
+    OpaqueStep,
+    ReshapeStep,
+    SlopeStep,
+    Step,
+    module_function,
+)
+from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.functional import check_is_evaluable
+from bayesae.types import Params
+
+__all__ = ["ELEMENTWISE", "Graph", "read"]
+
+ELEMENTWISE = (
+    nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid,
+    nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign,
+    nn.Tanh, nn.Tanhshrink, nn.Threshold,
+)  # fmt: skip
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+_SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_FIXED = (
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
+)  # fmt: skip
+_ELEMENTWISE_NAMES = frozenset(
+    "relu relu_ relu6 tanh tanh_ sigmoid sigmoid_ logsigmoid gelu silu mish elu elu_ celu selu leaky_relu leaky_relu_ "
+    "hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink softsign softplus threshold exp log log1p expm1 "
+    "sqrt rsqrt sin cos tan sinh cosh asinh atan erf square abs neg reciprocal pow clamp mul truediv div float double "
+    "to contiguous clone".split()
+)
+_RESHAPES = frozenset("flatten reshape view unflatten squeeze unsqueeze reshape_as view_as".split())
+_ADD, _SUBTRACT = frozenset("add iadd add_".split()), frozenset("sub isub sub_ subtract".split())
+
+
+class _Tracer(fx.Tracer):
+    """Reads a module's own forward; leaves are torch's layers, and what cannot be read."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        try:
+            _Tracer().trace(m)
+        except Exception:  # noqa: BLE001 - control flow on data raises whatever it likes
+            return True
+        return False
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A network as a list of operations.
+
+    Args:
+        network: The module itself.
+        nodes: Operations in order, or None where the network as a whole cannot be read.
+        names: Parameters of each leaf by its dotted name: {own name: name in the network}.
+        shared: Names of parameters that are used in more than one place, or outside a layer.
+    """
+
+    network: nn.Module
+    nodes: list[fx.Node] | None
+    names: Mapping[str, dict[str, str]]
+    shared: frozenset[str]
+
+    def run(self, params: Params, x: Tensor) -> list[Step]:
+        r"""Every step of one batch, the input first and the outputs last.
+
+        Args:
+            params: Every parameter in its own shape.
+            x: (B, \*data).
+
+        Returns:
+            The steps.
+        """
+        if self.nodes is not None:
+            try:
+                return self._run(self.nodes, params, x)
+            except _NotAStepError:
+                pass
+        names = dict(self.network.named_parameters())
+        whole = _opaque_module("network", self.network, {name: name for name in names}, params, (0,), (x,))
+        return [InputStep("input", (), x), whole]
+
+    def _run(self, nodes: list[fx.Node], params: Params, x: Tensor) -> list[Step]:
+        steps: list[Step] = [InputStep("input", (), x)]
+        env: dict[fx.Node, Any] = {}
+        for node in nodes:
+            if node.op == "placeholder":
+                env[node] = _Ref(0)
+            elif node.op == "get_attr":
+                env[node] = _attribute(self.network, node.target, params, x.dtype)
+            elif node.op == "output":
+                (result,) = node.args
+                if not isinstance(result, fx.Node) or not isinstance(env[result], _Ref):
+                    raise _NotAStepError
+                return steps[: env[result].index + 1]
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
+                env[node] = self._apply(node, args, kwargs, params, steps)
+        raise _NotAStepError
+
+    def _apply(self, node: fx.Node, args: Any, kwargs: Any, params: Params, steps: list[Step]) -> Any:  # noqa: ANN401
+        refs: list[_Ref] = []
+        map_aggregate((args, kwargs), lambda a: refs.append(a) if isinstance(a, _Ref) else None)
+        if node.op == "call_module":
+            assert isinstance(node.target, str)
+            if len(refs) != len(args) or kwargs:
+                raise _NotAStepError
+            layer = self.network.get_submodule(node.target)
+            step = _module_step(node.target, layer, self.names[node.target], params, steps, refs)
+        else:
+            if not refs:
+                return _call(node, args, kwargs)
+            step = _function_step(node, args, kwargs, steps, refs)
+        if not isinstance(step, Step):
+            return step
+        steps.append(step)
+        return _Ref(len(steps) - 1)
+
+
+class _NotAStepError(Exception):
+    """The graph does something that has no step: the network is then taken as one."""
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """Stands for the value of a step among the arguments of an operation."""
+
+    index: int
+
+
+def _graph(network: nn.Module) -> fx.Graph:
+    if not fx.Tracer().is_leaf_module(network, ""):
+        return _Tracer().trace(network)
+    graph = fx.Graph()  # a single layer: traced, it would be functions of its parameters, which no step owns
+    graph.output(graph.create_node("call_module", "", (graph.placeholder("x"),)))
+    return graph
+
+
+def read(network: nn.Module) -> Graph:
+    """Read a network's operations and who owns each parameter.
+
+    Args:
+        network: Any module that maps one tensor to one tensor.
+
+    Returns:
+        The graph.
+
+    Raises:
+        UnsupportedError: If a layer has hooks, or is not in evaluation mode where that matters.
+    """
+    check_is_evaluable(network)
+    for name, layer in network.named_modules():
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise UnsupportedError("layers without hooks", f"{type(layer).__name__} {name!r} with one", "Remove it.")
+    canonical = {id(parameter): name for name, parameter in network.named_parameters()}
+    try:
+        nodes: list[fx.Node] | None = list(_graph(network).nodes)
+    except Exception:  # noqa: BLE001 - control flow on data raises whatever it likes
+        return Graph(network, None, {}, frozenset())
+    names, uses = {}, Counter[str]()
+    for node in nodes:
+        if node.op == "call_module":
+            assert isinstance(node.target, str)
+            layer = network.get_submodule(node.target)
+            own = {mine: canonical[id(p)] for mine, p in layer.named_parameters(remove_duplicate=False)}
+            names[node.target] = own
+            uses.update(own.values())
+        elif node.op == "get_attr" and id(value := operator.attrgetter(str(node.target))(network)) in canonical:
+            uses[canonical[id(value)]] += 2  # a function of a parameter: no step owns it
+    return Graph(network, nodes, names, frozenset(name for name, n in uses.items() if n > 1))
+
+
+def _attribute(network: nn.Module, target: Any, params: Params, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    value = operator.attrgetter(str(target))(network)
+    for name, parameter in network.named_parameters():
+        if parameter is value:
+            return params[name]
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _module_step(
+    name: str, layer: nn.Module, own: dict[str, str], params: Params, steps: list[Step], refs: list[_Ref]
+) -> Step | _Ref:
+    kind, indices = type(layer), tuple(ref.index for ref in refs)
+    source = steps[indices[0]]
+    x = source.value
+    if kind in _SAME:
+        return refs[0]
+    if isinstance(layer, nn.Linear) and kind is nn.Linear:
+        return _linear_step(name, layer, own, params, x, indices)
+    if isinstance(layer, _CONVOLUTIONS) and kind in _CONVOLUTIONS:
+        step = _conv_step(name, layer, own, params, x, indices)
+        if step is not None:
+            return step
+    if kind in ELEMENTWISE:
+        if getattr(layer, "inplace", False):
+            # later users would see other numbers than the graph says
+            _check_read_once(name, source, steps, indices[0])
+        return _slope_step(name, lambda *at: layer(at[0].clone()), (x,), indices)
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return _affine_step(name, layer, own, params, x, indices)
+    if kind is nn.PReLU:
+        weight = params[own["weight"]]
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        slope = torch.where(x > 0, 1.0, weight.reshape(shape) if len(weight) > 1 else weight)
+        return AffineStep(name, indices, x * slope, slope, own["weight"], None, x.clamp(max=0), len(weight))
+    if kind in _FIXED:
+        return FixedLinearStep(name, indices, layer(x), layer, x.shape[1:])
+    if kind in (nn.Flatten, nn.Unflatten):
+        value = layer(x)
+        if value.shape[0] == len(x):
+            return ReshapeStep(name, indices, value, x.shape[1:])
+    return _opaque_module(name, layer, own, params, indices, tuple(steps[i].value for i in indices))
+
+
+def _check_read_once(name: str, source: Step, steps: list[Step], index: int) -> None:
+    if any(index in step.sources for step in steps):
+        raise UnsupportedError(
+            "activations in place only where nobody else reads their input",
+            f"{name!r} overwriting the output of {source.name!r}, which is read elsewhere",
+            "Use inplace=False.",
+        )
+
+
+def _linear_step(
+    name: str, layer: nn.Linear, own: dict[str, str], params: Params, x: Tensor, indices: tuple[int, ...]
+) -> Step:
+    if x.shape[-1] != layer.in_features or x.dim() < 2:
+        raise ShapeError(
+            f"rows of {layer.in_features} numbers for {name!r}",
+            f"{x.shape[-1]}, in inputs of shape {tuple(x.shape)}",
+            "Match the data's row to the first layer, or put nn.Flatten() before it.",
+        )
+    weight, bias = params[own["weight"]], params[own["bias"]] if "bias" in own else None
+    layout = Layout(own["weight"], own.get("bias"), weight.shape)
+    return LinearStep(name, indices, F.linear(x, weight, bias), layout, weight, bias, x)
+
+
+def _conv_step(
+    name: str,
+    layer: Any,  # noqa: ANN401 - one of six classes
+    own: dict[str, str],
+    params: Params,
+    x: Tensor,
+    indices: tuple[int, ...],
+) -> Step | None:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str) or x.dim() != len(layer.kernel_size) + 2:
+        return None  # correct, if slower, as an opaque step
+    if x.shape[1] != layer.in_channels:
+        raise ShapeError(
+            f"{layer.in_channels} channels for {name!r}",
+            f"inputs of shape {tuple(x.shape)}",
+            "Match the data's shape to the first layer.",
+        )
+    weight, bias = params[own["weight"]], params[own["bias"]] if "bias" in own else None
+    layout = Layout(own["weight"], own.get("bias"), weight.shape, layer.groups, layer.transposed)
+    value = torch.convolution(
+        x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding,
+        layer.groups,
+    )  # fmt: skip
+    return ConvStep(
+        name, indices, value, layout, weight, bias, x, layer.stride, layer.padding, layer.dilation,
+        layer.output_padding,
+    )  # fmt: skip
+
+
+def _affine_step(
+    name: str,
+    layer: Any,  # noqa: ANN401 - batch normalisation of any number of axes
+    own: dict[str, str],
+    params: Params,
+    x: Tensor,
+    indices: tuple[int, ...],
+) -> Step:
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    mean, var = layer.running_mean.to(x.dtype).reshape(shape), layer.running_var.to(x.dtype).reshape(shape)
+    rate = (var + layer.eps).rsqrt()
+    standardised = (x - mean) * rate
+    scale = params[own["weight"]].reshape(shape) if "weight" in own else torch.ones_like(rate)
+    value = standardised * scale + (params[own["bias"]].reshape(shape) if "bias" in own else 0)
+    slope = rate * scale
+    return AffineStep(name, indices, value, slope, own.get("weight"), own.get("bias"), standardised, x.shape[1])
+
+
+def _slope_step(
+    name: str, function: Callable[..., Tensor], values: tuple[Tensor, ...], indices: tuple[int, ...]
+) -> Step:
+    with torch.inference_mode(False), torch.enable_grad():
+        at = values[0].detach().clone().requires_grad_()
+        y = function(at)
+        (slope,) = torch.autograd.grad(y.sum(), at)
+    return SlopeStep(name, indices, y.detach(), slope)
+
+
+def _opaque_module(
+    name: str,
+    layer: nn.Module,
+    own: dict[str, str],
+    params: Params,
+    indices: tuple[int, ...],
+    inputs: tuple[Tensor, ...],
+) -> Step:
+    buffers = {
+        key: value.to(inputs[0].dtype) if value.is_floating_point() else value for key, value in layer.named_buffers()
+    }
+    function = module_function(layer, own, buffers)
+    mine = {full: params[full] for full in own.values()}
+    value = function(mine, *inputs)
+    if not isinstance(value, Tensor) or value.shape[:1] != inputs[0].shape[:1]:
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise UnsupportedError(
+            "layers that give one tensor with a row for every datum",
+            f"{type(layer).__name__} {name!r} giving {what}",
+            "Wrap it in a module that does.",
+        )
+    return OpaqueStep(name, indices, value, function, inputs, mine)
+
+
+def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _function_step(node: fx.Node, args: Any, kwargs: Any, steps: list[Step], refs: list[_Ref]) -> Any:  # noqa: ANN401
+    indices = tuple(ref.index for ref in refs)
+    values = tuple(steps[i].value for i in indices)
+
+    def run(*given: Tensor) -> Any:  # noqa: ANN401
+        queue = iter(given)
+        plain_args, plain_kwargs = map_aggregate(
+            (args, kwargs), lambda a: next(queue).clone() if isinstance(a, _Ref) else a
+        )
+        return _call(node, plain_args, plain_kwargs)
+
+    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if "dropout" in what:
+        if (kwargs | dict(zip(("input", "p", "training"), args, strict=False))).get("training", True):
+            raise UnsupportedError(
+                "a network that gives the same outputs twice",
+                f"{what} {node.name!r} that draws random numbers",
+                "Pass training=self.training, and call model.eval().",
+            )
+        return refs[0]
+    value = run(*values)
+    if not isinstance(value, Tensor):
+        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            raise _NotAStepError
+        return value  # a shape, a size
+    n_rows = len(steps[0].value)
+    if value.shape[:1] != (n_rows,):
+        raise _NotAStepError
+    if what.endswith("_") or what.startswith("i") and what[1:] in {"add", "sub", "mul"}:
+        _check_read_once(node.name, steps[indices[0]], steps, indices[0])
+    if len(indices) == 1:
+        is_same_shape = value.shape == values[0].shape
+        if what in _RESHAPES and value[0].numel() == values[0][0].numel():
+            return ReshapeStep(node.name, indices, value, values[0].shape[1:])
+        if is_same_shape and what in _ELEMENTWISE_NAMES | _ADD | _SUBTRACT:
+            return _slope_step(node.name, run, values, indices)
+    elif what in _ADD | _SUBTRACT and all(v.shape == value.shape for v in values) and len(args) == 2 and not kwargs:
+        return AddStep(node.name, indices, value, (1.0, 1.0 if what in _ADD else -1.0))
+    return OpaqueStep(node.name, indices, value, lambda params, *given: run(*given), values, {})

@@ -1,0 +1,209 @@
+r"""The Hessian of -log p in the outputs of every row, whatever its form, as the engine reads it.
+
+A likelihood passes a plain tensor: () for a multiple of the identity, or the diagonal (B, \*O); or one of the forms
+below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesae.errors import ShapeError
+
+__all__ = ["BlockHessian", "Hessian", "LowRankHessian", "OutputHessian", "cholesky", "read_hessian"]
+
+
+@dataclass(frozen=True)
+class BlockHessian:
+    r"""Groups of outputs that curve together: logits of a category, or a mean and its scale.
+
+    Args:
+        values: (B, \*rest, g, g), positive semi-definite; ``rest`` are the other axes of the outputs, in order.
+        axis: The axis of the group among the outputs (B, \*O), of size g; 1 is the first after the batch.
+    """
+
+    values: Tensor
+    axis: int = 1
+
+
+@dataclass(frozen=True)
+class LowRankHessian:
+    r""":math:`F^\top F`, plus a diagonal.
+
+    Args:
+        factor: F, (B, R, \*O).
+        diagonal: (), (B, \*O), or None for 0.
+    """
+
+    factor: Tensor
+    diagonal: Tensor | None = None
+
+
+OutputHessian = Tensor | BlockHessian | LowRankHessian
+HessianFunction = Callable[[Tensor], OutputHessian]
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor of positive semi-definite matrices, singular ones included.
+
+    A jitter of n rounding errors of the trace makes it succeed on a dead direction; the product is off by as much.
+
+    Args:
+        matrix: (..., n, n).
+
+    Returns:
+        (..., n, n), lower triangular.
+    """
+    n, eps = matrix.shape[-1], torch.finfo(matrix.dtype).eps
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    jitter = 2 * n * eps * trace + torch.finfo(matrix.dtype).tiny
+    return torch.linalg.cholesky_ex(matrix + torch.diag_embed(jitter[..., None].expand(*trace.shape, n)))[0]
+
+
+@dataclass(frozen=True)
+class Hessian:
+    r"""H of one batch, apart into a part that is diagonal or in blocks and dense rows.
+
+    Args:
+        shape: Of the outputs, (B, \*O).
+        diagonal: (), (B, \*O), or None.
+        blocks: Cholesky factors (B, \*rest, g, g) instead of a diagonal.
+        axis: Of the group.
+        dense: Rows (B, R, \*O) whose Gram matrix is added.
+    """
+
+    shape: torch.Size
+    diagonal: Tensor | None
+    blocks: Tensor | None = None
+    axis: int = 1
+    dense: Tensor | None = None
+
+    @property
+    def n_outputs(self) -> int:
+        """O."""
+        return self.shape[1:].numel()
+
+    @property
+    def group(self) -> int:
+        """Outputs that curve together: 1 unless there are blocks."""
+        return 1 if self.blocks is None else self.blocks.shape[-1]
+
+    def take(self, rows: slice) -> Hessian:
+        """H of some of the data."""
+
+        def some(value: Tensor | None) -> Tensor | None:
+            return value if value is None or value.dim() == 0 else value[rows]
+
+        n = len(range(*rows.indices(self.shape[0])))
+        return Hessian(
+            torch.Size((n, *self.shape[1:])), some(self.diagonal), some(self.blocks), self.axis, some(self.dense)
+        )
+
+    def seeds(self, masks: Tensor) -> Tensor:
+        r"""Rows whose Gram matrix is H on the outputs that a mask chooses, the dense part left out.
+
+        Args:
+            masks: (T, \*O), 0 or 1: outputs that share a row. With blocks the axis of the group has size 1, and each
+                mask makes g rows.
+
+        Returns:
+            (B or 1, T g, \*O).
+        """
+        masks = masks[None]
+        if self.blocks is not None:
+            # row k of a group is column k of its Cholesky factor
+            lower = self.blocks.movedim(-2, self.axis).movedim(-1, 1)  # (B, g rows, *O)
+            return (lower[:, None] * masks[:, :, None]).flatten(1, 2)
+        assert self.diagonal is not None
+        scale = self.diagonal.sqrt()
+        return masks * (scale if scale.dim() == 0 else scale[:, None])
+
+    def apply(self, v: Tensor) -> Tensor:
+        r"""H v for vectors (B or 1, K, \*O)."""
+        if self.blocks is not None:
+            moved = v.movedim(self.axis + 1, -1)
+            lower = self.blocks[:, None]
+            result = (lower @ (lower.mT @ moved[..., None]))[..., 0].movedim(-1, self.axis + 1)
+        else:
+            assert self.diagonal is not None
+            result = v * (self.diagonal if self.diagonal.dim() == 0 else self.diagonal[:, None])
+        if self.dense is not None:
+            dense, flat = self.dense.flatten(2), v.flatten(2)
+            result = result + ((flat @ dense.mT) @ dense).reshape(result.shape[:1] + v.shape[1:])
+        return result
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        r"""Random vectors (B, n, \*O) whose second moment is H: signs times a factor of it."""
+
+        def signs(*size: int) -> Tensor:
+            like = self.dense if self.diagonal is None and self.blocks is None else self.diagonal
+            like = self.blocks if like is None else like
+            assert like is not None
+            # signs and not Normal numbers: the same mean, a smaller variance
+            flips = torch.randint(0, 2, size, generator=generator, device=like.device)
+            return flips.to(like.dtype) * 2 - 1
+
+        b, o = self.shape[0], self.shape[1:]
+        if self.blocks is not None:
+            flips = signs(b, n, *o).movedim(self.axis + 1, -1)
+            result = (self.blocks[:, None] @ flips[..., None])[..., 0].movedim(-1, self.axis + 1)
+        else:
+            assert self.diagonal is not None
+            scale = self.diagonal.sqrt()
+            result = signs(b, n, *o) * (scale if scale.dim() == 0 else scale[:, None])
+        if self.dense is not None:
+            mixed = signs(b, n, self.dense.shape[1]) @ self.dense.flatten(2)
+            result = result + mixed.reshape(result.shape)
+        return result
+
+
+def read_hessian(given: OutputHessian, outputs: Tensor, mask: Tensor | None) -> Hessian:
+    r"""Check what a likelihood passed, and leave out masked outputs.
+
+    Args:
+        given: Its form.
+        outputs: (B, \*O).
+        mask: True where an output counts, as many numbers as outputs, or None.
+
+    Returns:
+        H.
+
+    Raises:
+        ShapeError: If shapes do not fit the outputs.
+    """
+    shape, dtype = outputs.shape, outputs.dtype
+    keep = None if mask is None else mask.reshape(shape).to(dtype)
+    if isinstance(given, BlockHessian):
+        values, axis = given.values.to(dtype), given.axis
+        rest = [n for i, n in enumerate(shape) if i != axis]
+        g = shape[axis] if 0 < axis < len(shape) else -1
+        if values.shape != (*rest, g, g):
+            raise ShapeError(
+                f"blocks of shape {(*rest, g, g)} for axis {axis} of outputs {tuple(shape)}",
+                f"{tuple(values.shape)}",
+                "Put the group's two axes last, the other outputs in order before them.",
+            )
+        if keep is not None:
+            keep = keep.movedim(axis, -1)
+            values = values * keep[..., :, None] * keep[..., None, :]
+        return Hessian(shape, None, cholesky(values), axis)
+    if isinstance(given, LowRankHessian):
+        diagonal = outputs.new_zeros(()) if given.diagonal is None else given.diagonal
+        dense = given.factor.to(dtype)
+        if dense.shape[:1] + dense.shape[2:] != shape:
+            raise ShapeError(f"a factor (B, R, *O) for outputs {tuple(shape)}", f"{tuple(dense.shape)}", "Mind R.")
+        dense = dense if keep is None else dense * keep[:, None]
+        return Hessian(shape, _masked(diagonal.to(dtype), keep, shape), dense=dense)
+    return Hessian(shape, _masked(given.to(dtype), keep, shape))
+
+
+def _masked(diagonal: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
+    if diagonal.dim() and diagonal.numel() == shape.numel():
+        diagonal = diagonal.reshape(shape)
+    elif diagonal.dim():
+        diagonal = diagonal.expand(shape)
+    return diagonal if keep is None else diagonal * keep

@@ -1,0 +1,182 @@
+"""`Linearisation`: a network at its weights, read once, with what does not change from batch to batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesae.curvature.graph import read
+from bayesae.curvature.steps import ReshapeStep, Step
+from bayesae.errors import ParameterError
+from bayesae.functional import at_least_float32, parameters_of
+from bayesae.types import Params
+
+__all__ = ["Linearisation", "cuts", "last_spatial", "pull", "push"]
+
+_ROWS_OF_A_TRACE = 256
+
+
+class Linearisation:
+    """A network at given weights: what every question of curvature is asked of.
+
+    It reads the network's operations once (torch.fx; what cannot be read is taken as one operation and costs general
+    torch.func products) and keeps what is the same for every batch: the triangular factor of a linear output layer,
+    the plan of each input shape. Weights are read at construction: make a new one when they change.
+
+    Args:
+        network: Maps (B, ...) to (B, ...), in evaluation mode; gives structure, names and buffers, and is not touched.
+        params: Where to linearise, every parameter in its own shape; the module's own by default. Narrower
+            floating-point numbers than float32 are widened: curvature is a sum over a data set.
+        chunk_size: Data rows at a time; chosen by memory if None. It changes results by rounding only.
+        memory: Bytes that the temporaries of one chunk may take, 256 MB by default.
+
+    Raises:
+        UnsupportedError: If a layer has hooks, or random numbers or batch statistics in training mode.
+        ParameterError: If ``params`` lacks a parameter.
+    """
+
+    def __init__(
+        self, network: nn.Module, params: Params | None = None, *, chunk_size: int | None = None, memory: int = 2**28
+    ) -> None:
+        self.network, self.chunk_size, self.memory = network, chunk_size, memory
+        given = parameters_of(network) if params is None else params
+        missing = [name for name, _ in network.named_parameters() if name not in given]
+        if missing:
+            raise ParameterError("every parameter of the network", f"none for {missing}", "See parameters_of(network).")
+        self.params = {name: at_least_float32(given[name].detach()) for name, _ in network.named_parameters()}
+        self.graph = read(network)
+        self.layers = dict(network.named_modules())
+        self.plans: dict[Any, Any] = {}
+        self._factored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Linearisation:
+        return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.network, self.params, self.chunk_size, self.memory)
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Parameters used in several places, which no single layer owns."""
+        return self.graph.shared
+
+    def trace(self, x: Tensor) -> list[Step]:
+        r"""Run the network on (B, \*data) and keep what its layers did, input first."""
+        return _without_dead_ends(self.graph.run(self.params, x.to(next(iter(self.params.values())).dtype)))
+
+    def batches(self, x: Tensor) -> Iterator[tuple[slice, list[Step]]]:
+        """Rows of (N, *data) in pieces, each with its trace."""
+        size = self.chunk_size or _ROWS_OF_A_TRACE
+        for start in range(0, len(x), size):
+            rows = slice(start, min(start + size, len(x)))
+            yield rows, self.trace(x[rows])
+
+    def factored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Q (R, r) and R (r, width) of one of the network's own weights, computed once.
+
+        QR and not Cholesky of the Gram matrix: dead units make that one singular.
+
+        Args:
+            weight: A tensor among ``params`` itself, not a copy.
+
+        Returns:
+            Orthonormal columns, and an upper triangular factor.
+        """
+        if id(weight) not in self._factored:
+            self._factored[id(weight)] = torch.linalg.qr(weight)
+        return self._factored[id(weight)]
+
+    def compressed(self, factor: Tensor) -> Tensor:
+        """A factor (R, width) with R > width in width rows; remembered for a weight of the network."""
+        if any(factor is leaf for leaf in self.params.values()):
+            return self.factored(factor)[1]
+        return torch.linalg.qr(factor, mode="r").R
+
+
+def _rebuild(network: nn.Module, params: Params, chunk_size: int | None, memory: int) -> Linearisation:
+    return Linearisation(network, params, chunk_size=chunk_size, memory=memory)
+
+
+def _without_dead_ends(steps: list[Step]) -> list[Step]:
+    """Only steps that reach the outputs, indices renewed."""
+    alive = {0, len(steps) - 1}
+    for i in range(len(steps) - 1, 0, -1):
+        if i in alive:
+            alive.update(steps[i].sources)
+    if len(alive) == len(steps):
+        return steps
+    index = {old: new for new, old in enumerate(sorted(alive))}
+    return [replace(steps[i], sources=tuple(index[j] for j in steps[i].sources)) for i in sorted(alive)]
+
+
+def cuts(steps: Sequence[Step]) -> set[int]:
+    """Steps that every path from the input to the outputs passes."""
+    result, earliest = set(), len(steps)
+    for i in range(len(steps) - 1, -1, -1):
+        if earliest >= i:
+            result.add(i)
+        earliest = min([earliest, *steps[i].sources])
+    return result
+
+
+def last_spatial(steps: Sequence[Step]) -> int:
+    """Index of the last step that is more than a reshaping of the outputs."""
+    i = len(steps) - 1
+    while isinstance(steps[i], ReshapeStep):
+        (i,) = steps[i].sources
+    return i
+
+
+def push(steps: Sequence[Step], tangents: dict[int, Tensor], until: int | None = None) -> Tensor | None:
+    r"""Carry tangents forward.
+
+    Args:
+        steps: A trace.
+        tangents: At some steps' outputs, {index: (B or 1, K, \*out)}.
+        until: Index of the step where they are wanted; the outputs by default.
+
+    Returns:
+        (B or 1, K, \*O), or None if nothing arrives.
+    """
+    end = len(steps) - 1 if until is None else until
+    known: dict[int, Tensor | None] = dict(tangents)
+    for i in range(1, end + 1):
+        coming = [known.get(j) for j in steps[i].sources]
+        if any(t is not None for t in coming):
+            moved = steps[i].push(coming)
+            own = known.get(i)
+            known[i] = moved if own is None else moved + own
+    return known.get(end)
+
+
+def pull(
+    steps: Sequence[Step],
+    rows: Tensor,
+    start: int,
+    visit: Callable[[int, Tensor], None],
+    lowest: int | None = None,
+) -> None:
+    r"""Carry rows back from a step, and show them to every step with parameters on the way.
+
+    Args:
+        steps: A trace.
+        rows: (B or 1, R, \*out) at step ``start``.
+        start: Its index.
+        visit: Called with the index and rows of a step that has parameters.
+        lowest: Index of the last step to visit; the first of the network with parameters by default.
+    """
+    waiting: dict[int, Tensor] = {start: rows}
+    if lowest is None:
+        lowest = next((i for i in range(1, start + 1) if steps[i].names), start + 1)
+    for i in range(start, lowest - 1, -1):
+        if (here := waiting.pop(i, None)) is None:
+            continue
+        if steps[i].names:
+            visit(i, here)
+        if i > lowest:
+            for j, back in zip(steps[i].sources, steps[i].pull(here), strict=True):
+                waiting[j] = waiting[j] + back if j in waiting else back

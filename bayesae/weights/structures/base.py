@@ -1,0 +1,108 @@
+"""What a structure of `Laplace` is: how its curvature is summed over batches, and what a prior makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from bayesae.curvature import Linearisation
+from bayesae.curvature.hessian import HessianFunction
+from bayesae.families.base import Normal
+from bayesae.subset import Subset
+from bayesae.types import Batch, Params
+
+__all__ = ["Curvature", "Eigenvalues", "OnePass", "Structure", "zeros"]
+
+
+class Curvature(Protocol):
+    """G, the sum over all rows, as a prior precision lambda meets it."""
+
+    def n_effective(self, precision: float) -> float:
+        """Tr G (G + lambda I)^-1, the effective number of weights; falls with lambda."""
+        ...
+
+    def log_det(self, precision: float) -> float:
+        """Log det (G + lambda I), nats."""
+        ...
+
+    def posterior(self, mean: Params, precision: float, temperature: float, info: Mapping[str, float]) -> Normal:
+        """N(mean, T (G + lambda I)^-1), linearised."""
+        ...
+
+
+@runtime_checkable
+class Structure(Protocol):
+    """How one form of G is summed: hyper-parameters only; the sums are handed round and never written on.
+
+    Sums are float64, whatever the network's dtype.
+    """
+
+    @property
+    def n_passes(self) -> int:
+        """Passes over the data."""
+        ...
+
+    def start(self, linearisation: Linearisation, subset: Subset) -> Any:  # noqa: ANN401 - sums of its own kind
+        """Sums before the first batch."""
+        ...
+
+    def add(
+        self,
+        sums: Any,  # noqa: ANN401
+        linearisation: Linearisation,
+        subset: Subset,
+        batch: Batch,
+        output_hessian: HessianFunction,
+    ) -> Any:  # noqa: ANN401
+        """Sums with the rows of one more batch."""
+        ...
+
+    def next_pass(self, sums: Any, subset: Subset) -> Any:  # noqa: ANN401
+        """What the next pass starts from, after all rows of one."""
+        ...
+
+    def finish(self, sums: Any, subset: Subset, share: float) -> Curvature:  # noqa: ANN401
+        """G from the last pass, times ``share`` = rows of the data set over rows seen."""
+        ...
+
+
+class OnePass:
+    """A structure that is a plain sum over rows."""
+
+    @property
+    def n_passes(self) -> int:
+        """1."""
+        return 1
+
+    def next_pass(self, sums: Any, subset: Subset) -> Any:  # noqa: ANN401
+        """There is none: the sums themselves."""
+        return sums
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """What the evidence needs of a G that is diagonal in some basis.
+
+    Args:
+        eigenvalues: Non-negative, (P,), float64.
+    """
+
+    eigenvalues: Tensor
+
+    def n_effective(self, precision: float) -> float:
+        """The sum of h / (h + lambda)."""
+        return float((self.eigenvalues / (self.eigenvalues + precision)).sum())
+
+    def log_det(self, precision: float) -> float:
+        """The sum of log (h + lambda)."""
+        return float(torch.log(self.eigenvalues + precision).sum())
+
+
+def zeros(linearisation: Linearisation, *shape: int) -> Tensor:
+    """Float64 zeros where the network's weights are."""
+    device = next(iter(linearisation.params.values())).device
+    return torch.zeros(shape, dtype=torch.float64, device=device)

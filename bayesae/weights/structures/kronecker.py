@@ -1,0 +1,179 @@
+"""Structures with one Kronecker basis a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from bayesae.curvature import (
+    KroneckerCurvature,
+    KroneckerFactors,
+    Linearisation,
+    RotatedBlock,
+    eigencorrection,
+    kronecker_factors,
+)
+from bayesae.curvature.hessian import HessianFunction
+from bayesae.errors import UnsupportedError
+from bayesae.families import KroneckerNormal
+from bayesae.families.base import Normal
+from bayesae.functional import check_finite
+from bayesae.subset import Subset
+from bayesae.types import Batch, Params
+from bayesae.weights.structures.base import Eigenvalues, OnePass
+
+__all__ = ["Eigencorrected", "Kronecker"]
+
+
+@dataclass(frozen=True)
+class Kronecker(OnePass):
+    """A Kronecker product a layer, weight and bias joined; the exact diagonal for parameters of other layers."""
+
+    def start(self, linearisation: Linearisation, subset: Subset) -> KroneckerCurvature | None:
+        """None: layers are known after the first batch."""
+        return None
+
+    def add(
+        self,
+        sums: KroneckerCurvature | None,
+        linearisation: Linearisation,
+        subset: Subset,
+        batch: Batch,
+        output_hessian: HessianFunction,
+    ) -> KroneckerCurvature:
+        """The factors of the batch on top.
+
+        Args:
+            sums: The factors so far.
+            linearisation: The network at its mode.
+            subset: The uncertain weights: of each layer all or none.
+            batch: Rows.
+            output_hessian: Of the likelihood.
+
+        Returns:
+            Their sum.
+
+        Raises:
+            UnsupportedError: If a part of a layer is chosen.
+        """
+        new = kronecker_factors(linearisation, batch.x, output_hessian, mask=batch.mask)
+        new = KroneckerCurvature(
+            {name: _double(factors) for name, factors in new.blocks.items() if _is_chosen(name, factors, subset)},
+            {name: value.double() for name, value in new.rest.items() if name in subset.masks},
+        )
+        return new if sums is None else sums + new
+
+    def finish(self, sums: KroneckerCurvature, subset: Subset, share: float) -> _KroneckerCurvature:
+        """Eigenvalues of every product."""
+        sums = sums.scaled(share)
+        blocks = [_eigenbasis(factors) for factors in sums.blocks.values()]
+        return _KroneckerCurvature.of(blocks, sums.rest, subset)
+
+
+@dataclass(frozen=True)
+class Eigencorrected:
+    """The Kronecker bases, and in them the exact diagonal, which takes a second pass."""
+
+    @property
+    def n_passes(self) -> int:
+        """2: bases, then the diagonal in them."""
+        return 2
+
+    def start(self, linearisation: Linearisation, subset: Subset) -> KroneckerCurvature | None:
+        """None, as for Kronecker factors."""
+        return Kronecker().start(linearisation, subset)
+
+    def add(
+        self,
+        sums: KroneckerCurvature | _Corrected | None,
+        linearisation: Linearisation,
+        subset: Subset,
+        batch: Batch,
+        output_hessian: HessianFunction,
+    ) -> KroneckerCurvature | _Corrected:
+        """Factors in the first pass, the diagonal in their bases in the second."""
+        if not isinstance(sums, _Corrected):
+            return Kronecker().add(sums, linearisation, subset, batch, output_hessian)
+        dtype = next(iter(linearisation.params.values())).dtype
+        own = {
+            name: replace(basis, outputs=basis.outputs.to(dtype), inputs=basis.inputs.to(dtype))
+            for name, basis in sums.bases.items()
+        }
+        new = eigencorrection(linearisation, batch.x, output_hessian, own, mask=batch.mask)
+        bases = {name: replace(basis, values=basis.values + new[name]) for name, basis in sums.bases.items()}
+        return replace(sums, bases=bases)
+
+    def next_pass(self, sums: KroneckerCurvature, subset: Subset) -> _Corrected:
+        """Bases with nothing measured in them yet."""
+        bases = {name: _eigenbasis(factors) for name, factors in sums.blocks.items()}
+        bases = {name: replace(basis, values=torch.zeros_like(basis.values)) for name, basis in bases.items()}
+        return _Corrected(bases, sums.rest)
+
+    def finish(self, sums: _Corrected, subset: Subset, share: float) -> _KroneckerCurvature:
+        """The measured diagonals as eigenvalues."""
+        bases = [replace(basis, values=(basis.values * share).clamp(min=0)) for basis in sums.bases.values()]
+        return _KroneckerCurvature.of(bases, sums.rest, subset)
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    """Bases by layer, their values the diagonals summed so far; the other parameters' diagonal of the first pass."""
+
+    bases: dict[str, RotatedBlock]
+    rest: Params
+
+
+@dataclass(frozen=True)
+class _KroneckerCurvature(Eigenvalues):
+    blocks: list[RotatedBlock]
+    rest: Params
+    rest_subset: Subset
+
+    @classmethod
+    def of(cls, blocks: list[RotatedBlock], rest: Params, subset: Subset) -> _KroneckerCurvature:
+        rest_subset = Subset({name: mask for name, mask in subset.masks.items() if name in rest})
+        values = [block.values.flatten() for block in blocks]
+        if rest:
+            values.append(rest_subset.ravel(rest))
+        return cls(torch.cat(values) if values else torch.zeros(0, dtype=torch.float64), blocks, rest, rest_subset)
+
+    def posterior(self, mean: Params, precision: float, temperature: float, info: Mapping[str, float]) -> Normal:
+        blocks = [replace(block, values=temperature / (block.values + precision)) for block in self.blocks]
+        rest = {
+            name: torch.where(self.rest_subset.masks[name].to(value.device), temperature / (value + precision), 0)
+            for name, value in self.rest.items()
+        }
+        return KroneckerNormal(mean, blocks, rest, is_linearised=True, info=info)
+
+
+def _is_chosen(name: str, factors: KroneckerFactors, subset: Subset) -> bool:
+    """Whether a layer is uncertain; raises if it is in part."""
+    parts = {parameter: subset.masks.get(parameter) for parameter in factors.layout.names}
+    whole = {parameter: mask is not None and bool(mask.all()) for parameter, mask in parts.items()}
+    if all(whole.values()):
+        return True
+    if all(mask is None or not bool(mask.any()) for mask in parts.values()):
+        return False
+    missing = [parameter for parameter, is_whole in whole.items() if not is_whole]
+    raise UnsupportedError(
+        "whole layers, weight and bias, for Kronecker factors",
+        f"layer {name!r} without all of {', '.join(map(repr, missing))}",
+        f"Add it to subset= (and let it require gradients), e.g. subset=({name + '.*'!r},), or use "
+        "structure='diagonal', 'low_rank' or 'dense'.",
+    )
+
+
+def _double(factors: KroneckerFactors) -> KroneckerFactors:
+    return replace(factors, inputs=factors.inputs.double(), outputs=factors.outputs.double())
+
+
+def _eigenbasis(factors: KroneckerFactors) -> RotatedBlock:
+    """Eigenvectors of both factors and eigenvalues (g, C, J) of their product; below 0 they are rounding."""
+    parts = {"inputs": factors.inputs, "outputs": factors.outputs}
+    check_finite(parts, f"Kronecker factors of {factors.layout.weight!r}", "Did the training diverge?")
+    value_out, outputs = torch.linalg.eigh(factors.outputs)
+    value_in, inputs = torch.linalg.eigh(factors.inputs)
+    values = value_out.clamp(min=0)[:, :, None] * value_in.clamp(min=0)[:, None, :] / factors.count
+    return RotatedBlock(factors.layout, outputs, inputs, values)
