@@ -13,6 +13,7 @@ From data to scores::
 """
 
 from bayesae import (
+    adapters,
     codes,
     curvature,
     datasets,
@@ -28,6 +29,7 @@ from bayesae import (
     random,
     weights,
 )
+from bayesae.adapters import from_laplace
 from bayesae.draws import Draws, Moments
 from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.models import Autoencoder, wrap
@@ -46,6 +48,7 @@ __all__ = [
     "Moments",
     "Predictive",
     "Subset",
+    "adapters",
     "codes",
     "curvature",
     "datasets",
@@ -54,6 +57,7 @@ __all__ = [
     "families",
     "fit_model",
     "fit_weights",
+    "from_laplace",
     "functional",
     "likelihoods",
     "log_joint",

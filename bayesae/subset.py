@@ -80,7 +80,7 @@ class Subset:
 
     def ravel(self, params: Params) -> Tensor:
         r"""The chosen weights as one vector, leaves (..., \*shape) to (..., P)."""
-        parts = [params[name][..., mask.to(params[name].device)] for name, mask in self.masks.items()]
+        parts = [_chosen(params[name], mask) for name, mask in self.masks.items()]
         return torch.cat(parts, -1) if parts else next(iter(params.values())).new_zeros(0)
 
     def scatter(self, values: Tensor, onto: Params) -> Params:
@@ -102,7 +102,17 @@ class Subset:
         full = {name: leaf.expand(*lead, *leaf.shape) for name, leaf in onto.items()}
         for name, mask in self.masks.items():
             stop = start + int(mask.sum())
-            leaf = full[name].clone()
-            leaf[..., mask.to(leaf.device)] = values[..., start:stop]
-            full[name], start = leaf, stop
+            if stop - start == mask.numel():
+                full[name] = values[..., start:stop].reshape(*lead, *mask.shape).to(full[name])
+            else:
+                leaf = full[name].clone()
+                leaf[..., mask.to(leaf.device)] = values[..., start:stop]
+                full[name] = leaf
+            start = stop
         return full
+
+
+def _chosen(leaf: Tensor, mask: Tensor) -> Tensor:
+    if bool(mask.all()):  # the usual case, without an index of every entry
+        return leaf.flatten(leaf.dim() - mask.dim()) if mask.dim() else leaf[..., None]
+    return leaf[..., mask.to(leaf.device)]

@@ -1,9 +1,10 @@
 """Families: what q(theta) is, whatever the method that fitted it."""
 
 from bayesae.families.dense import DenseNormal
+from bayesae.families.independent import IndependentNormals
 from bayesae.families.kronecker import KroneckerNormal
 from bayesae.families.low_rank import LowRankNormal
 from bayesae.families.normals import DiagonalNormal
 from bayesae.families.particles import Particles
 
-__all__ = ["DenseNormal", "DiagonalNormal", "KroneckerNormal", "LowRankNormal", "Particles"]
+__all__ = ["DenseNormal", "DiagonalNormal", "IndependentNormals", "KroneckerNormal", "LowRankNormal", "Particles"]
