@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +19,67 @@ def _compress(factor: Tensor) -> Tensor:
     return torch.linalg.qr(factor, mode="r").R
 
 
-def _push(factor: Tensor | None, slope: Tensor | None, weight: Tensor, is_triangular: bool) -> Tensor:
+class SharedProduct:
+    """S D W with rows S (R, width) that all data share, slopes D (B, width) and W (width, in), not multiplied out.
+
+    Whoever wants only squared column norms, or the product with few columns more, never needs (B, R, in).
+
+    Args:
+        shared: S.
+        slope: D.
+        weight: W.
+        is_triangular: Whether S is upper triangular, so that leading zeros of its rows are left out.
+    """
+
+    def __init__(self, shared: Tensor, slope: Tensor, weight: Tensor, is_triangular: bool) -> None:
+        self.shared, self.slope, self.weight, self.is_triangular = shared, slope, weight, is_triangular
+        self.shape = (len(slope), len(shared), weight.shape[1])
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some rows of S without their leading zeros, and the part of D W (width, B in) that they multiply."""
+        scaled = (self.slope.mT[:, :, None] * self.weight[:, None]).flatten(1)
+        size = _BLOCK if self.is_triangular else len(self.shared)
+        for start in range(0, len(self.shared), size):
+            first, some = start if self.is_triangular else 0, slice(start, start + size)
+            yield some, self.shared[some, first:], scaled[first:]
+
+    def square_norms(self) -> Tensor:
+        """Of the columns, (B, in)."""
+        total, work = None, None
+        for _, rows, columns in self._blocks():
+            if total is None or work is None or len(rows) != len(work):
+                work = columns.new_empty(len(rows), columns.shape[1])
+                total = torch.zeros_like(work) if total is None else total
+            torch.mm(rows, columns, out=work)
+            total[: len(rows)].addcmul_(work, work)  # while both are in cache
+        assert total is not None
+        return total.sum(0).unflatten(0, (self.shape[0], self.shape[2]))
+
+    def times(self, slope: Tensor, weight: Tensor) -> Tensor:
+        """S D W D' W' from the right, for few columns W': (B, R, in')."""
+        # data stand in the columns, so that each product is one for the whole batch
+        inner = self.weight @ (slope.mT[:, :, None] * weight[:, None]).flatten(1)  # (width, B in')
+        inner = self.slope.mT[:, :, None] * inner.unflatten(1, (len(slope), -1))
+        return (self.shared @ inner.flatten(1)).unflatten(1, (len(slope), -1)).transpose(0, 1)
+
+    def full(self) -> Tensor:
+        """(B, R, in)."""
+        moved: Tensor | None = None
+        for some, rows, columns in self._blocks():
+            moved = columns.new_empty(len(self.shared), columns.shape[1]) if moved is None else moved
+            torch.mm(rows, columns, out=moved[some])
+        assert moved is not None
+        return moved.unflatten(1, (self.shape[0], self.shape[2])).transpose(0, 1)
+
+
+def _push(
+    factor: Tensor | SharedProduct | None, slope: Tensor | None, weight: Tensor, is_triangular: bool
+) -> Tensor | SharedProduct:
     """Rows times slope times weight: (R, in) if nothing depends on the row, else (B, R, in)."""
+    if isinstance(factor, SharedProduct):
+        if slope is not None and weight.shape[1] * 8 <= factor.shape[2]:
+            return factor.times(slope, weight)
+        factor = factor.full()
     if slope is None:
         return weight if factor is None else factor @ weight
     if factor is None:
@@ -30,14 +89,7 @@ def _push(factor: Tensor | None, slope: Tensor | None, weight: Tensor, is_triang
         return (factor * slope[:, None]) @ weight
     if factor.dim() == 3:
         return torch.bmm(factor, slope[:, :, None] * weight)
-    # rows that all data share: one product for the whole batch
-    scaled = (slope.mT[:, :, None] * weight[:, None]).flatten(1)  # (width, B in)
-    moved = scaled.new_empty(len(factor), scaled.shape[1])
-    size = _BLOCK if is_triangular else len(factor)
-    for start in range(0, len(factor), size):
-        first, some = start if is_triangular else 0, slice(start, start + size)
-        torch.mm(factor[some, first:], scaled[first:], out=moved[some])
-    return moved.unflatten(1, (len(slope), -1)).transpose(0, 1)
+    return SharedProduct(factor, slope, weight, is_triangular)
 
 
 @dataclass(frozen=True)
@@ -46,30 +98,48 @@ class QuadraticForm:
 
     Args:
         width: Size of M.
-        core: K: () for a multiple of the identity, (B, R) for a diagonal, (B, R, R) for full.
-        factor: S: (R, width) if it is the same for every row, (B, R, width), or None for the identity.
+        core: K: () for a multiple of the identity, (B, R) for a diagonal, (B, R, R) for full. A full one is float64: in
+            float32 a Gram matrix is positive definite only up to rounding that its Cholesky factor would amplify.
+        factor: S: (R, width) if it is the same for every row, (B, R, width), a `SharedProduct`, or None for the
+            identity.
         slope: Diagonal of D, (B, width), or None for ones.
         keeps_rows: Whether rows mean something of their own (one an output), so that only the factor may be carried.
         is_triangular: Whether S is upper triangular, as QR leaves it.
+        dtype: Of the network, where the core's is another.
     """
 
     width: int
     core: Tensor
-    factor: Tensor | None = None
+    factor: Tensor | SharedProduct | None = None
     slope: Tensor | None = None
     keeps_rows: bool = False
     is_triangular: bool = False
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of_gram(cls, left: Tensor, right: Tensor) -> QuadraticForm:
+        """The form M = left right^T of factors (B, n, R), multiplied out in float64."""
+        return cls(left.shape[1], left.double() @ right.double().mT, dtype=left.dtype)
 
     @property
     def n_rows(self) -> int:
         """R."""
         return self.width if self.factor is None else self.factor.shape[-2]
 
+    @property
+    def rows_before_slope(self) -> Tensor | None:
+        """S multiplied out."""
+        return self.factor.full() if isinstance(self.factor, SharedProduct) else self.factor
+
     def diagonal(self) -> Tensor:
         """Diagonal of M, (B, width), or (1, width) if it is the same for every row."""
         core, factor = self.core, self.factor
+        if isinstance(factor, SharedProduct) and core.dim() == 0:
+            value = core * factor.square_norms()
+            return value if self.slope is None else value * self.slope**2
+        factor = self.rows_before_slope
         if factor is None:
-            value = core.diagonal(dim1=-2, dim2=-1) if core.dim() == 3 else core
+            value = core.diagonal(dim1=-2, dim2=-1).to(self.dtype) if core.dim() == 3 else core
             value = value.expand(1, self.width) if core.dim() == 0 else value
         elif core.dim() == 0:
             value = core * (factor * factor).sum(-2)  # several times faster than a norm along this axis
@@ -78,12 +148,12 @@ class QuadraticForm:
             value = core @ factor**2 if factor.dim() == 2 else (core[:, None] @ factor**2)[:, 0]
         else:
             # a full core was a Gram matrix: rounding can leave -eps where the truth is 0
-            value = ((core @ factor) * factor).sum(-2).clamp(min=0)
+            value = ((core.to(factor) @ factor) * factor).sum(-2).clamp(min=0)
         return value if self.slope is None else value * self.slope**2
 
     def gram_sum(self, n_rows: int) -> Tensor:
         """Sum of M over ``n_rows`` rows of data, (width, width)."""
-        core, factor, slope = self.core, self.factor, self.slope
+        core, factor, slope = self.core, self.rows_before_slope, self.slope
         if core.dim() == 0 and (factor is None or factor.dim() == 2):
             # one matrix for all rows; only the slopes differ, and their outer products add up
             outer = core.new_tensor(float(n_rows)) if slope is None else slope.mT @ slope
@@ -94,7 +164,7 @@ class QuadraticForm:
         if factor is None and core.dim() == 2:
             return torch.diag((core if slope is None else core * slope**2).sum(0))
         if factor is None and core.dim() == 3:
-            return (core if slope is None else core * slope[:, :, None] * slope[:, None, :]).sum(0)
+            return (core if slope is None else core * slope[:, :, None] * slope[:, None, :]).sum(0).to(self.dtype)
         rows = self.rows()
         if len(rows) == 1:
             rows = rows.expand(n_rows, -1, -1)
@@ -102,9 +172,9 @@ class QuadraticForm:
 
     def rows(self) -> Tensor:
         """Rows whose Gram matrix is M: (B or 1, R, width)."""
-        core, factor = self.core, self.factor
+        core, factor = self.core, self.rows_before_slope
         if core.dim() == 3:
-            root = cholesky(core).mT
+            root = cholesky(core).mT.to(self.dtype)
             rows = root if factor is None else root @ factor
         elif factor is None:
             rows = torch.diag_embed(core.sqrt().expand(1, self.width) if core.dim() == 0 else core.sqrt())
@@ -136,22 +206,22 @@ class QuadraticForm:
         if rows > width and multiply_out < carry_on and not self.keeps_rows:
             return self.multiplied_out().through_linear(weight, compressed)
         factor = _push(self.factor, self.slope, weight, self.is_triangular)
-        moved = QuadraticForm(n_in, self.core, factor, None, self.keeps_rows)
-        if self.core.dim() == 0 and factor.dim() == 2 and moved.n_rows > n_in and not self.keeps_rows:
-            return replace(moved, factor=compressed(factor), is_triangular=True)
-        return moved
+        if isinstance(factor, Tensor) and factor.dim() == 2 and rows > n_in:
+            if self.core.dim() == 0 and not self.keeps_rows:
+                return QuadraticForm(n_in, self.core, compressed(factor), is_triangular=True)
+        return QuadraticForm(n_in, self.core, factor, None, self.keeps_rows, dtype=self.dtype)
 
     def multiplied_out(self) -> QuadraticForm:
         """The same as a full matrix."""
-        factor = self.factor
+        factor = self.rows_before_slope
         if factor is None:
             return self
         if self.slope is not None:
             factor = factor * self.slope[:, None]
         if self.core.dim() == 0:
-            gram = self.core * (factor.mT @ factor)
+            left = self.core * factor
         elif self.core.dim() == 2:
-            gram = factor.mT @ (self.core[:, :, None] * factor)
+            left = self.core[:, :, None] * factor
         else:
-            gram = factor.mT @ (self.core @ factor)
-        return QuadraticForm(self.width, gram if gram.dim() == 3 else gram[None])
+            left = self.core @ factor.double()
+        return QuadraticForm.of_gram(*((f[None] if f.dim() == 2 else f).mT for f in (factor, left)))

@@ -135,7 +135,7 @@ def _chunk(lin: Linearisation, steps: list[Step], hessian: Hessian, visitor: Vis
     assert columns is not None
     flat = columns.flatten(2)
     moved = Hessian(hessian.shape, hessian.diagonal, hessian.blocks, hessian.axis).apply(columns).flatten(2)
-    carry(lin, steps, plan.cut, QuadraticForm(flat.shape[1], flat @ moved.mT), visitor)
+    carry(lin, steps, plan.cut, QuadraticForm.of_gram(flat, moved), visitor)
 
 
 def hessian_at(hessian: Hessian, value: Tensor) -> Hessian:
@@ -257,8 +257,8 @@ def carry(
         step = steps[i]
         is_single = i in through and all(j in through for j in step.sources)
         if i in through and isinstance(here, Tensor) and here.shape[1] > step.width and not keeps_rows:
-            flat = here.flatten(2)
-            here = QuadraticForm(step.width, flat.mT @ flat)
+            flat = here.flatten(2).mT
+            here = QuadraticForm.of_gram(flat, flat)
         if isinstance(here, QuadraticForm):
             if is_single and isinstance(step, LinearStep) and step.inputs.dim() == 2:
                 visitor.form(i, step, here)

@@ -271,12 +271,13 @@ class _Rows:
             self.pairs.append((form.rows(), spread))
             return
         weighted = spread if form.slope is None else spread * form.slope**2
-        if form.factor is None:
+        factor = form.rows_before_slope
+        if factor is None:
             self.total = self.total + weighted
-        elif form.factor.dim() == 2:
-            self.total = self.total + weighted @ (form.factor**2).mT
+        elif factor.dim() == 2:
+            self.total = self.total + weighted @ (factor**2).mT
         else:
-            self.total = self.total + ((form.factor**2) @ weighted[:, :, None])[..., 0]
+            self.total = self.total + ((factor**2) @ weighted[:, :, None])[..., 0]
 
     def rows(self, index: int, step: Step, rows: Tensor) -> None:
         """Of any other step: squared gradients times variances."""

@@ -1,0 +1,1 @@
+"""Side by side with the peers; see ``python -m benchmarks.curvature --help``."""
