@@ -53,15 +53,36 @@ def ggn_block(
         ParameterError: If a mask does not belong to the network.
     """
     chosen = Selection(masks, lin)
-    total = next(iter(lin.params.values())).new_zeros(chosen.size, chosen.size)
+    total = _Blocks()
     for part, steps in lin.batches(x):
         outputs = steps[-1].value
         hessian = read_hessian(output_hessian(outputs), outputs, None if mask is None else mask[part])
-        size = lin.chunk_size or rows_at_once(lin, steps, hessian.n_outputs)
+        n_rows = hessian.n_outputs if hessian.diagonal is None or hessian.diagonal.dim() else steps[-2].width
+        size = rows_at_once(lin, steps, n_rows)
         for start in range(0, len(outputs), size):
             some = slice(start, min(start + size, len(outputs)))
             _add_block(lin, [step.take(some) for step in steps], hessian.take(some), chosen, total)
-    return total
+    return total.matrix(next(iter(lin.params.values())).new_zeros(chosen.size, chosen.size))
+
+
+class _Blocks:
+    """Sums of blocks of a symmetric matrix, which are put in their places once at the end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def add(self, name: str, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+        """Values (r, c) at places rows (r,) and columns (c,), the same ones whenever the name is the same."""
+        known = self.sums.get(name)
+        self.sums[name] = rows, columns, values if known is None else known[2].add_(values)
+
+    def matrix(self, zeros: Tensor) -> Tensor:
+        """The whole."""
+        for rows, columns, values in self.sums.values():
+            zeros[rows[:, None], columns[None]] += values
+            if rows is not columns:
+                zeros[columns[:, None], rows[None]] += values.mT
+        return zeros
 
 
 class ColumnVisitor:
@@ -94,13 +115,13 @@ class ColumnVisitor:
         return torch.cat(columns, -1), torch.cat([places for _, places in self.parts])
 
 
-def _add_block(lin: Linearisation, steps: list[Step], hessian: Hessian, chosen: Selection, total: Tensor) -> None:
+def _add_block(lin: Linearisation, steps: list[Step], hessian: Hessian, chosen: Selection, total: _Blocks) -> None:
     outputs, last = steps[-1].value, steps[last_spatial(steps)]
     is_plain = hessian.blocks is None and hessian.dense is None and not chosen.shared
     if is_plain and isinstance(last, LinearStep) and last.inputs.dim() == 2 and len(steps) > 2:
         _with_output_layer(lin, steps, last, hessian, chosen, total)
         return
-    for rows in all_rows(hessian, outputs):
+    for part, rows in enumerate(all_rows(hessian, outputs)):
         visitor, cut = ColumnVisitor(chosen), narrowest(steps, rows.shape[1])
         flat = rows.reshape(*rows.shape[:2], *last.value.shape[1:])
         form = QuadraticForm(last.width, flat.new_ones(()), flat.flatten(2), keeps_rows=True)
@@ -108,21 +129,17 @@ def _add_block(lin: Linearisation, steps: list[Step], hessian: Hessian, chosen: 
         if chosen.shared:
             visitor.parts.append(chosen.shared_columns(lin, steps[0].value, rows))
         columns, places = visitor.joined(outputs, rows.shape[1])
-        _add(total, places, places, columns.flatten(0, 1).mT @ columns.flatten(0, 1))
+        flat = columns.flatten(0, 1)
+        total.add(f"after, {part}", places, places, flat.mT @ flat)
         if at_cut is not None:
             jacobian = _as_rows(at_cut, outputs)
-            _add_before(lin, steps, cut, jacobian, chosen, [(columns.mT @ jacobian, places)], total)
+            later = {f"after, {part}": (columns.mT @ jacobian, places)}
+            _add_before(lin, steps, cut, jacobian, chosen, later, total)
 
 
 def _as_rows(state: QuadraticForm | Tensor, outputs: Tensor) -> Tensor:
     rows = state.rows() if isinstance(state, QuadraticForm) else state.flatten(2)
     return rows.expand(len(outputs), -1, -1)
-
-
-def _add(total: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-    total[rows[:, None], columns[None]] += values
-    if rows is not columns:
-        total[columns[:, None], rows[None]] += values.mT
 
 
 def _add_before(
@@ -131,8 +148,8 @@ def _add_before(
     cut: int,
     jacobian: Tensor,
     chosen: Selection,
-    later: list[tuple[Tensor, Tensor]],
-    total: Tensor,
+    later: dict[str, tuple[Tensor, Tensor]],
+    total: _Blocks,
 ) -> None:
     """Weights before the cut, among themselves and with later ones.
 
@@ -142,7 +159,7 @@ def _add_before(
         cut: Index of the step that every path passes.
         jacobian: Rows at it, (B, R, Z).
         chosen: The weights.
-        later: Columns of weights after the cut times ``jacobian``, (B, s, Z), and the weights' places.
+        later: Columns of weights after the cut times ``jacobian``, (B, s, Z), and the weights' places, by name.
         total: Added to.
     """
     visitor, width = ColumnVisitor(chosen), steps[cut].width
@@ -152,14 +169,14 @@ def _add_before(
         return
     moved = jacobian.mT @ (jacobian @ before) if before.shape[-1] < width else (jacobian.mT @ jacobian) @ before
     flat = before.flatten(0, 1)
-    _add(total, places, places, flat.mT @ moved.flatten(0, 1))
-    for met, others in later:
+    total.add(f"before, {list(later)}", places, places, flat.mT @ moved.flatten(0, 1))
+    for name, (met, others) in later.items():
         if len(others):
-            _add(total, others, places, met.mT.flatten(0, 1).mT @ flat)
+            total.add(f"{name} and before", others, places, met.mT.flatten(0, 1).mT @ flat)
 
 
 def _with_output_layer(
-    lin: Linearisation, steps: list[Step], last: LinearStep, hessian: Hessian, chosen: Selection, total: Tensor
+    lin: Linearisation, steps: list[Step], last: LinearStep, hessian: Hessian, chosen: Selection, total: _Blocks
 ) -> None:
     """A linear output layer: its weights' columns have one entry, the others' are carried in a smaller basis."""
     assert hessian.diagonal is not None
@@ -179,22 +196,22 @@ def _with_output_layer(
         basis = q[outs]
         form = QuadraticForm(inputs.shape[1], scale**2, r, keeps_rows=True, is_triangular=True)
     same = outs[:, None] == outs[None]
-    _add(total, places, places, (seen.mT @ seen) * same)
+    total.add("outputs", places, places, (seen.mT @ seen) * same)
     visitor, cut = ColumnVisitor(chosen), narrowest(steps, hessian.n_outputs)
     start = last.sources[0]
     at_cut = carry(lin, steps, start, form, visitor, stop=min(cut, start))
     n_rows = len(last.weight) if basis is None else basis.shape[1]
     columns, others = visitor.joined(inputs, n_rows)
     flat = columns.flatten(0, 1)
-    _add(total, others, others, flat.mT @ flat)
+    total.add("after", others, others, flat.mT @ flat)
 
     def met(rows: Tensor) -> Tensor:
         """Columns of the output layer times rows (B, R, m): (B, s, m)."""
         return (rows[:, outs] if basis is None else basis @ rows) * seen[:, :, None]
 
     if len(others) and len(places):
-        _add(total, places, others, met(columns).sum(0))
+        total.add("outputs and after", places, others, met(columns).sum(0))
     if at_cut is not None:
         jacobian = _as_rows(at_cut, inputs)
-        later = [(columns.mT @ jacobian, others), (met(jacobian), places)]
+        later = {"after": (columns.mT @ jacobian, others), "outputs": (met(jacobian), places)}
         _add_before(lin, steps, min(cut, start), jacobian, chosen, later, total)

@@ -116,7 +116,7 @@ class DiagonalVisitor:
         if isinstance(step, LinearStep) and step.inputs.dim() == 2:
             self._add_norms(index, step, (rows * rows).sum(1))
         else:
-            self._add(step.square_sums(rows))
+            self._add(step.power_sums(rows)[0])
 
     def coloured(self, index: int, step: Step, rows: Tensor, field: Field) -> None:
         """Of a Linear layer the same norms; of a convolution a band of products."""

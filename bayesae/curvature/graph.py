@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
 
 from bayesae.curvature.layout import Layout
-from bayesae.curvature.linear import ConvStep, LinearStep
+from bayesae.curvature.linear import ConvStep, LinearStep, channels_last
 from bayesae.curvature.steps import (
     AddStep,
     AffineStep,
@@ -278,9 +278,10 @@ def _conv_step(
         )
     weight, bias = params[own["weight"]], params[own["bias"]] if "bias" in own else None
     layout = Layout(own["weight"], own.get("bias"), weight.shape, layer.groups, layer.transposed)
+    x = channels_last(x)
     value = torch.convolution(
-        x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.transposed, layer.output_padding,
-        layer.groups,
+        x, channels_last(weight), bias, layer.stride, layer.padding, layer.dilation, layer.transposed,
+        layer.output_padding, layer.groups,
     )  # fmt: skip
     return ConvStep(
         name, indices, value, layout, weight, bias, x, layer.stride, layer.padding, layer.dilation,

@@ -6,6 +6,7 @@ below.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -143,9 +144,14 @@ class Hessian:
             like = self.dense if self.diagonal is None and self.blocks is None else self.diagonal
             like = self.blocks if like is None else like
             assert like is not None
-            # signs and not Normal numbers: the same mean, a smaller variance
-            flips = torch.randint(0, 2, size, generator=generator, device=like.device)
-            return flips.to(like.dtype) * 2 - 1
+            # signs and not Normal numbers: the same mean, a smaller variance; 32 of them from one random number
+            total = math.prod(size)
+            shape, whole = ((total + 31) // 32, 1), torch.iinfo(torch.int32)
+            words = torch.randint(
+                whole.min, whole.max, shape, generator=generator, device=like.device, dtype=torch.int32
+            )
+            bits = (words >> torch.arange(32, device=like.device, dtype=torch.int32)).bitwise_and_(1)
+            return bits.flatten()[:total].reshape(size).to(like.dtype).mul_(2).sub_(1)
 
         b, o = self.shape[0], self.shape[1:]
         if self.blocks is not None:

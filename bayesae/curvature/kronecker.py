@@ -169,8 +169,7 @@ class _FactorVisitor(_MatrixVisitor):
         self.sums[step.name] = self.sums[step.name] + new if step.name in self.sums else new
 
     def _sum_outputs(self, step: MatrixStep, outputs: Tensor) -> None:
-        zero = torch.zeros_like(self.sums[step.name].inputs)
-        self._sum(step, KroneckerFactors(step.layout, zero, outputs, 0.0))
+        self.sums[step.name].outputs.add_(outputs)  # a buffer of this call's own
 
     def matrix_form(self, index: int, step: LinearStep, form: QuadraticForm) -> None:
         self._sum_outputs(step, form.gram_sum(len(step.value))[None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from bayesae.curvature.layout import Layout
 from bayesae.curvature.steps import Step, folded
 from bayesae.types import Params
 
-__all__ = ["ConvStep", "LinearStep", "MatrixStep", "times_shifted"]
+__all__ = ["ConvStep", "LinearStep", "MatrixStep", "channels_last", "times_shifted"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,16 @@ class MatrixStep(Step):
 
     def patches(self) -> Tensor:
         """[a, 1]: (B, g, J, T)."""
+        patches = self.weight_patches()
+        return patches if self.bias is None else torch.cat([patches, torch.ones_like(patches[:, :, :1])], 2)
+
+    def weight_patches(self) -> Tensor:
+        """The same without the 1."""
         raise NotImplementedError
 
     def by_channel(self, rows: Tensor) -> Tensor:
         r"""Rows (B, R, \*out) as (B, R, g, C, T)."""
         raise NotImplementedError
-
-    def _with_ones(self, patches: Tensor) -> Tensor:
-        return patches if self.bias is None else torch.cat([patches, torch.ones_like(patches[:, :, :1])], 2)
 
     def gradients(self, rows: Tensor) -> Params:
         """Per datum and row, one matrix product over positions."""
@@ -65,11 +67,32 @@ class MatrixStep(Step):
 
     def matrix_gradients(self, rows: Tensor) -> Tensor:
         """Gradients in [W, b]: (B, R, g, C, J)."""
-        rows, patches = self.by_channel(rows), self.patches()
+        weight = self.weight_gradients(rows)
+        if self.bias is None:
+            return weight
+        return torch.cat([weight, self._bias_gradients(rows)[..., None].expand(*weight.shape[:-1], 1)], -1)
+
+    def weight_gradients(self, rows: Tensor) -> Tensor:
+        """The same without the last column."""
+        rows, patches = self.by_channel(rows), self.weight_patches()
         if rows.shape[-1] == 1:
             return rows * patches.mT[:, None]
         rows = rows.movedim(1, 2).flatten(2, 3).expand(len(patches), -1, -1, -1)  # (B, g, R C, T)
         return (rows @ patches.mT).unflatten(2, (-1, self.layout.n_out)).movedim(2, 1)
+
+    def _bias_gradients(self, rows: Tensor) -> Tensor:
+        return self.by_channel(rows).sum(-1)
+
+    def power_sums(self, rows: Tensor, powers: Sequence[int] = (2,)) -> list[Params]:
+        """Sums before parameters get their own shapes, so that little is copied."""
+        square = self.weight_gradients(rows).square_()
+        sums = [(square if power == 2 else square.square()).sum((0, 1)) for power in powers]
+        results = [replace(self.layout, bias=None).split(value) for value in sums]
+        if self.layout.bias is not None:
+            bias = self._bias_gradients(rows).expand(len(self.value), -1, -1, -1)
+            for result, power in zip(results, powers, strict=True):
+                result[self.layout.bias] = (bias**power).sum((0, 1)).flatten()
+        return results
 
     def gradient_sums(self, rows: Tensor) -> Params:
         """Summed over data within one product."""
@@ -86,9 +109,9 @@ class MatrixStep(Step):
 class LinearStep(MatrixStep):
     """A Linear layer, on rows (B, in) or on any positions (B, ..., in)."""
 
-    def patches(self) -> Tensor:
+    def weight_patches(self) -> Tensor:
         """Inputs, position last."""
-        return self._with_ones(self.inputs.reshape(len(self.inputs), 1, -1, self.inputs.shape[-1]).mT)
+        return self.inputs.reshape(len(self.inputs), 1, -1, self.inputs.shape[-1]).mT
 
     def by_channel(self, rows: Tensor) -> Tensor:
         """Channels before positions."""
@@ -104,16 +127,25 @@ class LinearStep(MatrixStep):
         assert tangent is not None
         return tangent @ self.weight.mT
 
-    def square_sums(self, rows: Tensor) -> Params:
-        """One product over data where the layer is applied once a row: sum_b |rows_bi|^2 a_bj^2."""
-        return super().square_sums(rows) if self.inputs.dim() > 2 else self.sums_of_norms((rows * rows).sum(1))
+    def power_sums(self, rows: Tensor, powers: Sequence[int] = (2,)) -> list[Params]:
+        """One product over data a power where the layer is applied once a row: sum_b |rows_bi|^2 a_bj^2."""
+        if self.inputs.dim() > 2:
+            return super().power_sums(rows, powers)
+        rows = rows.expand(len(self.inputs), -1, -1)
+        rows, inputs, results = rows * rows, self.inputs * self.inputs, []
+        for power in powers:
+            r, a = (rows, inputs) if power == 2 else (rows * rows, inputs * inputs)
+            results.append(self._product(r[:, 0] if r.shape[1] == 1 else r.sum(1), a))
+        return results
 
     def sums_of_norms(self, norms: Tensor) -> Params:
         """The same from squared column norms (B or 1, out)."""
-        norms = norms.expand(len(self.inputs), -1)
-        result = {self.layout.weight: norms.mT @ self.inputs**2}
+        return self._product(norms.expand(len(self.inputs), -1), self.inputs**2)
+
+    def _product(self, rows: Tensor, inputs: Tensor) -> Params:
+        result = {self.layout.weight: rows.mT @ inputs}
         if self.layout.bias is not None:
-            result[self.layout.bias] = norms.sum(0)
+            result[self.layout.bias] = rows.sum(0)
         return result
 
     def push_parameters(self, tangents: Params) -> Tensor:
@@ -150,16 +182,17 @@ class ConvStep(MatrixStep):
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.layout.is_transposed,
-            self.output_padding, self.layout.groups,
+            channels_last(x), channels_last(weight), bias, self.stride, self.padding, self.dilation,
+            self.layout.is_transposed, self.output_padding, self.layout.groups,
         )  # fmt: skip
 
     def _adjoint(self, rows: Tensor) -> Tensor:
         """Rows (N, *out) to (N, *in)."""
+        rows, weight = channels_last(rows), channels_last(self.weight)
         if self.layout.is_transposed:
             zeros = [0] * len(self.stride)
             back = torch.convolution(
-                rows, self.weight, None, self.stride, self.padding, self.dilation, False, zeros, self.layout.groups
+                rows, weight, None, self.stride, self.padding, self.dilation, False, zeros, self.layout.groups
             )
             # output_padding beyond a stride leaves positions that no input reaches
             return back[(..., *(slice(0, n) for n in self.inputs.shape[2:]))]
@@ -168,8 +201,17 @@ class ConvStep(MatrixStep):
             for o, s, p, d, k in zip(rows.shape[2:], self.stride, self.padding, self.dilation, self.kernel, strict=True)
         ]
         missing = [n - r for n, r in zip(self.inputs.shape[2:], reach, strict=True)]
+        if set(self.stride) == {1} and self.layout.groups == 1:
+            # the same as an ordinary convolution with flipped taps, four times as fast on a CPU
+            axes = tuple(range(2, rows.dim()))
+            edges = [d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel, self.padding, strict=True)]
+            if min(edges) >= 0:
+                flipped = channels_last(self.weight.transpose(0, 1).flip(axes))
+                return torch.convolution(
+                    rows, flipped, None, self.stride, edges, self.dilation, False, [0] * len(axes), 1
+                )
         return torch.convolution(
-            rows, self.weight, None, self.stride, self.padding, self.dilation, True, missing, self.layout.groups
+            rows, weight, None, self.stride, self.padding, self.dilation, True, missing, self.layout.groups
         )
 
     def pull(self, rows: Tensor) -> tuple[Tensor, ...]:
@@ -213,10 +255,10 @@ class ConvStep(MatrixStep):
             total = total + bias.reshape(1, n, -1, *[1] * len(self.stride))
         return total
 
-    def matrix_gradients(self, rows: Tensor) -> Tensor:
+    def weight_gradients(self, rows: Tensor) -> Tensor:
         """As of any matrix; transposed, the rows are unfolded, which have no zeros between them, and not the inputs."""
         if not self.layout.is_transposed:
-            return super().matrix_gradients(rows)
+            return super().weight_gradients(rows)
         n, g = rows.shape[1], self.layout.groups
         after = [
             s * (i - 1) + d * (k - 1) + 1 - p - o
@@ -235,13 +277,9 @@ class ConvStep(MatrixStep):
         seen = seen.movedim(1, 2).flatten(2, 4).expand(len(self.inputs), -1, -1, -1)
         inputs = self.inputs.flatten(2).unflatten(1, (g, -1))
         matrix = (seen @ inputs.mT).unflatten(2, (n, self.layout.n_out, -1)).movedim(2, 1)  # (B, R, g, C, taps, in)
-        matrix = matrix.mT.flatten(4)
-        if self.bias is None:
-            return matrix
-        bias = self.by_channel(rows).sum(-1, keepdim=True).expand(len(matrix), *matrix.shape[1:-1], 1)
-        return torch.cat([matrix, bias], -1)
+        return matrix.mT.flatten(4)
 
-    def patches(self) -> Tensor:
+    def weight_patches(self) -> Tensor:
         """What every tap sees at every position of the output."""
         x = self.inputs
         if self.layout.is_transposed:
@@ -258,7 +296,7 @@ class ConvStep(MatrixStep):
         x = _unfold(x, self.kernel, stride, self.dilation, before, after)  # (B, in, taps, T)
         if self.layout.is_transposed:
             x = x.flip(2)
-        return self._with_ones(x.reshape(len(x), self.layout.groups, -1, x.shape[-1]))
+        return x.reshape(len(x), self.layout.groups, -1, x.shape[-1])
 
     def shifts(self, reach: Sequence[int], *, of_weight_only: bool) -> list[tuple[int, ...]]:
         """Shifts between two output positions, up to ``reach`` an axis, that can share a tap; one of each +- pair.
@@ -305,6 +343,11 @@ class ConvStep(MatrixStep):
             )[1]  # fmt: skip
             total = total + (gradient if not any(shift) else 2 * gradient)
         return total
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images with channels innermost, in which convolutions and up-sampling run up to seven times as fast on a CPU."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _unfold(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bayesae.curvature.general import gradients
 from bayesae.curvature.hessian import HessianFunction, read_hessian
-from bayesae.curvature.linear import LinearStep, MatrixStep
+from bayesae.curvature.linear import MatrixStep
 from bayesae.curvature.linearisation import Linearisation, pull
 from bayesae.curvature.steps import AddStep, AffineStep, FixedLinearStep, ReshapeStep, SlopeStep, Step
 from bayesae.errors import UnsupportedError
@@ -66,13 +66,12 @@ def monte_carlo_diagonal(
         | Practical Gauss-Newton Optimisation for Deep Learning (Botev, Ritter, Barber, 2017)
         | Hutchinson (1989): probes of signs
     """
-    squares: Params = {name: torch.zeros_like(leaf) for name, leaf in lin.params.items()}
-    fourths: Params = {name: torch.zeros_like(leaf) for name, leaf in lin.params.items()}
+    squares: Params = {}
+    fourths: Params = {}
 
     def add(name: str, square: Tensor, fourth: Tensor) -> None:
-        if name not in lin.shared:
-            squares[name] += square
-            fourths[name] += fourth
+        squares[name] = squares[name].add_(square) if name in squares else square
+        fourths[name] = fourths[name].add_(fourth) if name in fourths else fourth
 
     for part, steps in lin.batches(x):
         outputs = steps[-1].value
@@ -80,24 +79,20 @@ def monte_carlo_diagonal(
         probes = hessian.draw(n_probes, generator)
 
         def visit(i: int, rows: Tensor, steps: list[Step] = steps) -> None:
-            step = steps[i]
-            if isinstance(step, LinearStep) and step.inputs.dim() == 2:
-                norms, a = rows**2, step.inputs**2
-                add(step.layout.weight, norms.sum(1).mT @ a, (norms**2).sum(1).mT @ a**2)
-                if step.layout.bias is not None:
-                    add(step.layout.bias, norms.sum((0, 1)), (norms**2).sum((0, 1)))
-                return
-            for name, leaf in step.gradients(rows).items():
-                square = leaf**2
-                add(name, square.sum((0, 1)), (square**2).sum((0, 1)))
+            square, fourth = steps[i].power_sums(rows, (2, 4))
+            for name in square:
+                if name not in lin.shared:
+                    add(name, square[name], fourth[name])
 
         pull(steps, probes, len(steps) - 1, visit)
         if lin.shared:
             for name, leaf in gradients(lin, steps[0].value, probes, sorted(lin.shared)).items():
-                squares[name] += (leaf**2).sum((0, 1))
-                fourths[name] += (leaf**4).sum((0, 1))
-    mean = {name: leaf / n_probes for name, leaf in squares.items()}
-    error = {name: (leaf * (2 / 3)).sqrt() / n_probes for name, leaf in fourths.items()}
+                add(name, (leaf**2).sum((0, 1)), (leaf**4).sum((0, 1)))
+    for name, leaf in lin.params.items():
+        if name not in squares:
+            add(name, torch.zeros_like(leaf), torch.zeros_like(leaf))
+    mean = {name: squares[name] / n_probes if n_probes > 1 else squares[name] for name in lin.params}
+    error = {name: fourths[name].mul_(2 / 3 / n_probes**2).sqrt_() for name in lin.params}
     return MonteCarloDiagonal(mean, error)
 
 

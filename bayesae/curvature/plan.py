@@ -16,6 +16,7 @@ from bayesae.curvature.steps import AffineStep, OpaqueStep, ReshapeStep, SlopeSt
 __all__ = ["NUMBERS_IN_CACHE", "Line", "Plan", "make_plan", "operations", "reach_for"]
 
 NUMBERS_IN_CACHE = 2**20  # of the temporaries of one chunk: beyond, products wait for memory
+_NUMBERS_OF_CONVOLUTIONS = 2**22  # of coloured rows: fewer, and calls cost more than what they compute
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def make_plan(
                 if sum(line.operations for line in option[3]) < sum(line.operations for line in best[3]):
                     best = option
     numbers = max((line.numbers for line in best[3]), default=1)
-    chunk = max(1, min(NUMBERS_IN_CACHE, memory // (2 * itemsize)) // max(1, numbers))
+    wanted = NUMBERS_IN_CACHE if best[0] is None else _NUMBERS_OF_CONVOLUTIONS
+    chunk = max(1, min(wanted, memory // (2 * itemsize)) // max(1, numbers))
     return Plan(*best, chunk_size or chunk, itemsize)
 
 
@@ -210,7 +212,7 @@ def _with_cut(
     above = [i for i in range(cut + 1, end + 1) if steps[i].names]
     path = {i: sum(operations(step) for step in steps[i + 1 : end + 1]) for i in [cut, *above]}
     n_outputs, channels = hessian.n_outputs, steps[end].value.shape[1]
-    widest = max(step.width for step in steps[cut : end + 1])
+    widest = {i: max(step.width for step in steps[i : end + 1]) for i in [cut, *above]}
     routes, chosen, lines, rows_from = {}, {}, [], None
     for i in reversed(above):
         step, field = steps[i], fields[i]
@@ -245,7 +247,8 @@ def _with_cut(
         if route == "rows":
             rows_from = i
         n_rows, cost = options[route]
-        lines.append(Line(step.name, route, n_rows, cost, n_rows * max(widest if route == "rows" else 0, step.width)))
+        # rows above a layer stay the same for all data until they meet the first slope
+        lines.append(Line(step.name, route, n_rows, cost, n_rows * (step.width if i == above[-1] else widest[i])))
     if rows_from is not None:
         # true rows pass every layer above the lowest that needs them anyway
         routes = {i: "rows" if i >= rows_from and routes[i] != "columns" else route for i, route in routes.items()}
@@ -257,7 +260,7 @@ def _with_cut(
             "cut",
             n_columns,
             n_columns * path[cut] + 2.0 * n_columns**2 * n_outputs,
-            n_columns * widest,
+            n_columns * widest[cut],
         )
     )
     lines += carry_lines(steps, cut, n_columns, is_form=True, is_constant=False)

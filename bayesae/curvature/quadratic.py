@@ -37,7 +37,8 @@ class SharedProduct:
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Some rows of S without their leading zeros, and the part of D W (width, B in) that they multiply."""
-        scaled = (self.slope.mT[:, :, None] * self.weight[:, None]).flatten(1)
+        # contiguous, because the product would take over the slopes' strides and be copied
+        scaled = (self.slope.mT.contiguous()[:, :, None] * self.weight[:, None]).flatten(1)
         size = _BLOCK if self.is_triangular else len(self.shared)
         for start in range(0, len(self.shared), size):
             first, some = start if self.is_triangular else 0, slice(start, start + size)
@@ -55,11 +56,23 @@ class SharedProduct:
         assert total is not None
         return total.sum(0).unflatten(0, (self.shape[0], self.shape[2]))
 
+    def gram_sum(self, slope: Tensor | None) -> Tensor:
+        """Sum over data of D' W^T D S^T S D W D', (in, in); slopes D' (B, in) or None."""
+        total, work = self.weight.new_zeros(self.shape[2], self.shape[2]), None
+        for _, rows, columns in self._blocks():
+            if work is None or len(rows) != len(work):
+                work = columns.new_empty(len(rows), columns.shape[1])
+            torch.mm(rows, columns, out=work)
+            by_datum = work.unflatten(1, (self.shape[0], self.shape[2]))
+            flat = (by_datum if slope is None else by_datum.mul_(slope)).flatten(0, 1)
+            total.addmm_(flat.mT, flat)
+        return total
+
     def times(self, slope: Tensor, weight: Tensor) -> Tensor:
         """S D W D' W' from the right, for few columns W': (B, R, in')."""
         # data stand in the columns, so that each product is one for the whole batch
-        inner = self.weight @ (slope.mT[:, :, None] * weight[:, None]).flatten(1)  # (width, B in')
-        inner = self.slope.mT[:, :, None] * inner.unflatten(1, (len(slope), -1))
+        inner = self.weight @ (slope.mT.contiguous()[:, :, None] * weight[:, None]).flatten(1)  # (width, B in')
+        inner = self.slope.mT.contiguous()[:, :, None] * inner.unflatten(1, (len(slope), -1))
         return (self.shared @ inner.flatten(1)).unflatten(1, (len(slope), -1)).transpose(0, 1)
 
     def full(self) -> Tensor:
@@ -153,7 +166,10 @@ class QuadraticForm:
 
     def gram_sum(self, n_rows: int) -> Tensor:
         """Sum of M over ``n_rows`` rows of data, (width, width)."""
-        core, factor, slope = self.core, self.rows_before_slope, self.slope
+        core, slope = self.core, self.slope
+        if isinstance(self.factor, SharedProduct) and core.dim() == 0:
+            return core * self.factor.gram_sum(slope)
+        factor = self.rows_before_slope
         if core.dim() == 0 and (factor is None or factor.dim() == 2):
             # one matrix for all rows; only the slopes differ, and their outer products add up
             outer = core.new_tensor(float(n_rows)) if slope is None else slope.mT @ slope
