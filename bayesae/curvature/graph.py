@@ -229,12 +229,21 @@ def _module_step(
         slope = torch.where(x > 0, 1.0, weight.reshape(shape) if len(weight) > 1 else weight)
         return AffineStep(name, indices, x * slope, slope, own["weight"], None, x.clamp(max=0), len(weight))
     if kind in _FIXED:
-        return FixedLinearStep(name, indices, layer(x), layer, x.shape[1:])
+        return FixedLinearStep(name, indices, layer(x), layer, _transpose(layer, x))
     if kind in (nn.Flatten, nn.Unflatten):
         value = layer(x)
         if value.shape[0] == len(x):
             return ReshapeStep(name, indices, value, x.shape[1:])
     return _opaque_module(name, layer, own, params, indices, tuple(steps[i].value for i in indices))
+
+
+def _transpose(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The transpose of a fixed linear layer, from rows (N, *out) to (N, *in)."""
+    shape = x.shape[1:]
+    if isinstance(layer, nn.Upsample) and layer.mode == "nearest" and x.dim() == 4:
+        backward = torch.ops.aten.upsample_nearest2d_backward
+        return lambda rows: backward(rows, rows.shape[2:], (len(rows), *shape))
+    return lambda rows: torch.func.vjp(layer, rows.new_zeros(len(rows), *shape))[1](rows)[0]
 
 
 def _check_read_once(name: str, source: Step, steps: list[Step], index: int) -> None:
@@ -284,7 +293,7 @@ def _conv_step(
         layer.output_padding, layer.groups,
     )  # fmt: skip
     return ConvStep(
-        name, indices, value, layout, weight, bias, x, layer.stride, layer.padding, layer.dilation,
+        name, indices, channels_last(value), layout, weight, bias, x, layer.stride, layer.padding, layer.dilation,
         layer.output_padding,
     )  # fmt: skip
 

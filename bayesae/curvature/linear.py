@@ -216,7 +216,8 @@ class ConvStep(MatrixStep):
 
     def pull(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The adjoint convolution."""
-        return (folded(self._adjoint, rows),)
+        # from one channel a convolution does not know that the caller wants channels last
+        return (folded(lambda flat: channels_last(self._adjoint(flat)), rows),)
 
     def push(self, tangents: Sequence[Tensor | None]) -> Tensor:
         """The convolution itself."""

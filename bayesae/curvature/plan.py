@@ -212,7 +212,11 @@ def _with_cut(
     above = [i for i in range(cut + 1, end + 1) if steps[i].names]
     path = {i: sum(operations(step) for step in steps[i + 1 : end + 1]) for i in [cut, *above]}
     n_outputs, channels = hessian.n_outputs, steps[end].value.shape[1]
-    widest = {i: max(step.width for step in steps[i : end + 1]) for i in [cut, *above]}
+    # rows stay the same for all data until they meet the first slope, unless H differs
+    is_constant = hessian.diagonal is not None and hessian.diagonal.dim() == 0
+    slopes = [i for i in range(cut, end + 1) if isinstance(steps[i], (SlopeStep, OpaqueStep)) or not is_constant]
+    last = max(slopes, default=cut)
+    widest = {i: max((step.width for step in steps[i : last + 1]), default=1) for i in [cut, *above]}
     routes, chosen, lines, rows_from = {}, {}, [], None
     for i in reversed(above):
         step, field = steps[i], fields[i]
@@ -247,8 +251,7 @@ def _with_cut(
         if route == "rows":
             rows_from = i
         n_rows, cost = options[route]
-        # rows above a layer stay the same for all data until they meet the first slope
-        lines.append(Line(step.name, route, n_rows, cost, n_rows * (step.width if i == above[-1] else widest[i])))
+        lines.append(Line(step.name, route, n_rows, cost, n_rows * widest[i]))
     if rows_from is not None:
         # true rows pass every layer above the lowest that needs them anyway
         routes = {i: "rows" if i >= rows_from and routes[i] != "columns" else route for i, route in routes.items()}

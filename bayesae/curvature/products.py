@@ -84,6 +84,8 @@ def ggn_product(
     n = next(iter(vectors.values())).shape[0]
     vectors = {name: leaf.to(lin.params[name]) for name, leaf in vectors.items()}
     total: Params = {name: leaf.new_zeros(n, *leaf.shape) for name, leaf in lin.params.items()}
+    if n == 0:
+        return total
     for part, steps in lin.batches(x):
         outputs = steps[-1].value
         hessian = read_hessian(output_hessian(outputs), outputs, None if mask is None else mask[part])

@@ -222,19 +222,15 @@ class FixedLinearStep(Step):
 
     Args:
         function: Of (N, \*in).
-        shape: Of a row of the source, \*in.
+        transpose: Of (N, \*out), back to (N, \*in).
     """
 
     function: Callable[[Tensor], Tensor]
-    shape: torch.Size
+    transpose: Callable[[Tensor], Tensor]
 
     def pull(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Its transpose."""
-
-        def transpose(flat: Tensor) -> Tensor:
-            return torch.func.vjp(self.function, flat.new_zeros(len(flat), *self.shape))[1](flat)[0]
-
-        return (folded(transpose, rows),)
+        return (folded(self.transpose, rows),)
 
     def push(self, tangents: Sequence[Tensor | None]) -> Tensor:
         """The function itself."""

@@ -214,6 +214,12 @@ class _Reader:
         """Bases of outputs and inputs, None for the weights' own, and variances (g, C, J)."""
         if step.name not in self._joined:
             block = self._block(step)
+            if block is not None and block.layout != step.layout:
+                raise ParameterError(
+                    f"a block of {step.layout} for {step.name!r}",
+                    f"{block.layout}",
+                    "Weight and bias stand in one block; give the bias the last column, of variance 0 if it is fixed.",
+                )
             if block is not None:
                 parts = block.outputs.to(step.weight), block.inputs.to(step.weight), block.values.to(step.weight)
                 self._joined[step.name] = parts

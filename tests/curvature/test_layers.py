@@ -15,9 +15,13 @@ import bayesae as bae
 from bayesae.curvature import (
     BlockHessian,
     DiagonalCovariance,
+    KroneckerCovariance,
+    Layout,
     Linearisation,
     LowRankHessian,
+    RotatedBlock,
     ggn_diagonal,
+    ggn_product,
     output_variance,
 )
 from bayesae.curvature.graph import ELEMENTWISE
@@ -237,3 +241,18 @@ def test_a_linearisation_can_be_sent_elsewhere(rows):
     again = pickle.loads(pickle.dumps(lin))
     assert_close(ggn_diagonal(again, rows, ones), ggn_diagonal(lin, rows, ones), rtol=0, atol=0)
     assert copy.deepcopy(lin) is lin and again.chunk_size == 3
+
+
+def test_a_block_without_its_bias_is_named(rows):
+    network = nn.Sequential(nn.Linear(7, 3)).double()
+    layout = Layout("0.weight", None, network[0].weight.shape)
+    block = RotatedBlock(layout, torch.eye(3)[None], torch.eye(7)[None], torch.ones(1, 3, 7))
+    with pytest.raises(bae.errors.ParameterError, match="Weight and bias stand in one block"):
+        output_variance(Linearisation(network), rows, KroneckerCovariance([block]))
+
+
+def test_no_vector_no_product(rows):
+    network = nn.Sequential(nn.Linear(7, 3)).double()
+    none = {name: p.new_zeros(0, *p.shape) for name, p in network.named_parameters()}
+    got = ggn_product(Linearisation(network), rows, ones, none)
+    assert got["0.weight"].shape == (0, 3, 7)
