@@ -2,7 +2,8 @@
 
 ``python -m bayesae.report README.md`` rewrites each block between ``<!-- table: FILE.json metrics=["a", "b"] -->`` and
 ``<!-- /table -->`` from the records in FILE.json (relative to the page), so that a number in a page always comes from
-a run. The options are those of `table`, as JSON.
+a run. The options are those of `table`, as JSON. A file of comparisons, ``{"environment": ..., "records": [{...}]}`` as
+the benchmarks write it, gives one line a record with the fields ``columns=["question", "peer", ...]``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bayesae.errors import DataError
 
@@ -203,7 +204,27 @@ def table(
         key = tuple(getattr(row, field) for field in down)
         cells.setdefault(key, {}).setdefault(getattr(row, columns), []).append(row.value)
     body = [[*key, *(_cell(values.get(column, [])) for column in across)] for key, values in cells.items()]
-    header = [*down, *across]
+    return _markdown([*down, *across], body)
+
+
+def _comparisons(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """One line a record; numbers to three digits, nothing where there is none."""
+    known = {field for record in records for field in record}
+    missing = [field for field in columns if field not in known]
+    if missing:
+        raise DataError(f"fields among {sorted(known)}", f"{missing}", "Check the spelling.")
+    body = []
+    for record in records:
+        values = [record.get(field) for field in columns]
+        body.append(["" if v is None else _short(v) if isinstance(v, float) else str(v) for v in values])
+    return _markdown(list(columns), body)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _markdown(header: list[str], body: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
     lines = [[text.ljust(w) for text, w in zip(line, widths, strict=True)] for line in [header, *body]]
     lines.insert(1, ["-" * w for w in widths])
@@ -235,7 +256,12 @@ def update_page(path: Path) -> bool:
 
     def fresh(match: re.Match[str]) -> str:
         options = {key: json.loads(value) for key, value in _OPTION.findall(match[3])}
-        return f"{match[1]}{table(Records.load(path.parent / match[2]), **options)}\n{match[4]}"
+        content = json.loads((path.parent / match[2]).read_text())
+        if isinstance(content, dict):
+            text = _comparisons(content["records"], **options)
+        else:
+            text = table(Records(Record(**row) for row in content), **options)
+        return f"{match[1]}{text}\n{match[4]}"
 
     new = _BLOCK.sub(fresh, old)
     path.write_text(new)

@@ -58,7 +58,8 @@ def ggn_block(
         outputs = steps[-1].value
         hessian = read_hessian(output_hessian(outputs), outputs, None if mask is None else mask[part])
         n_rows = hessian.n_outputs if hessian.diagonal is None or hessian.diagonal.dim() else steps[-2].width
-        size = rows_at_once(lin, steps, n_rows)
+        widest = max((step.width for step in steps[1:-1] if step.width < n_rows), default=1)
+        size = rows_at_once(lin, n_rows * widest)
         for start in range(0, len(outputs), size):
             some = slice(start, min(start + size, len(outputs)))
             _add_block(lin, [step.take(some) for step in steps], hessian.take(some), chosen, total)

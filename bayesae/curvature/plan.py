@@ -13,7 +13,7 @@ from bayesae.curvature.linearisation import cuts, last_spatial
 from bayesae.curvature.locality import Field, fields_of, n_colours
 from bayesae.curvature.steps import AffineStep, OpaqueStep, ReshapeStep, SlopeStep, Step
 
-__all__ = ["NUMBERS_IN_CACHE", "Line", "Plan", "make_plan", "operations", "reach_for"]
+__all__ = ["NUMBERS_IN_CACHE", "Line", "Plan", "make_plan", "operations", "reach_for", "row_numbers"]
 
 NUMBERS_IN_CACHE = 2**20  # of the temporaries of one chunk: beyond, products wait for memory
 _NUMBERS_OF_CONVOLUTIONS = 2**22  # of coloured rows: fewer, and calls cost more than what they compute
@@ -104,37 +104,78 @@ def _is_form_step(step: Step) -> bool:
 
 
 def carry_lines(steps: Sequence[Step], start: int, n_rows: int, *, is_form: bool, is_constant: bool) -> list[Line]:
-    """What carrying rows from a step back to the input costs, following the rules of the sweep itself."""
+    """What carrying rows from a step back to the input costs, following the rules of the sweep itself.
+
+    Args:
+        steps: A trace.
+        start: Index of the step.
+        n_rows: Rows there.
+        is_form: Whether they start as a form.
+        is_constant: Whether H is one number for all data.
+
+    Returns:
+        One line a layer with parameters.
+    """
     lines, through = [], cuts(steps)
     first = next((i for i in range(1, len(steps)) if steps[i].names), len(steps))
+    is_shared, has_slope = start == len(steps) - 1, False  # whether all data share the rows
     for i in range(start, 0, -1):
         step = steps[i]
         width, n_in = step.width, steps[step.sources[0]].width
         if i in through and n_rows > width and not is_form:
             lines.append(Line(step.name, "cut", width, 2.0 * n_rows * width**2, n_rows * width))
-            n_rows, is_constant = width, False
+            n_rows, is_shared = width, False
         is_form = (is_form or i in through) and _is_form_step(step) and all(j in through for j in step.sources)
         cost, numbers = _contribution(step, n_rows), n_rows * width
-        if i > first:
-            if is_form and isinstance(step, LinearStep):
+        if i > first and is_form and isinstance(step, LinearStep):
+            if is_shared and not has_slope:
+                # computed once for the network
+                cost, numbers, n_rows = 2.0 * width, 0, min(n_rows, n_in) if is_constant else n_rows
+            else:
                 carry = 2.0 * n_rows * width * n_in
                 multiply = 2.0 * (n_rows * width**2 + width**2 * n_in + width * n_in**2)
                 if n_rows > width and multiply < carry + 2.0 * n_rows * n_in**2:
                     carry, n_rows = multiply, width
-                cost += 0.0 if is_constant else carry
-                if is_constant:
-                    n_rows, cost = min(n_rows, n_in), 0.0
-                numbers = 0 if is_constant else n_rows * max(n_in, 1)
-            elif not is_form:
-                cost += n_rows * operations(step)
-                numbers = n_rows * max(width, n_in)
-        if isinstance(step, SlopeStep):
-            is_constant = False
+                # of a product with shared rows only the other side is ever there as a whole
+                cost, numbers = cost + carry, (width if is_shared else n_rows) * n_in
+                is_shared = False
+            has_slope = False
+        elif i > first and not is_form:
+            cost, numbers = cost + n_rows * operations(step), n_rows * max(width, n_in)
+        has_slope = has_slope or isinstance(step, SlopeStep)
         if step.names:
             lines.append(Line(step.name, "form" if is_form else "rows", n_rows, cost, numbers))
         if i <= first:
             break
     return lines
+
+
+def row_numbers(steps: Sequence[Step], lowest: int, n_rows: int, *, is_rotated: bool) -> int:
+    """Numbers in the largest temporary, for one datum, of carrying rows that mean something back to a step.
+
+    Args:
+        steps: A trace.
+        lowest: Index of the step.
+        n_rows: Rows at the outputs.
+        is_rotated: Whether every layer's rows are turned into a basis, too.
+
+    Returns:
+        Their number.
+    """
+    through, most = cuts(steps), 1
+    is_form, is_shared, has_slope = True, True, False
+    for i in range(len(steps) - 1, lowest, -1):
+        step = steps[i]
+        width, n_in = step.width, steps[step.sources[0]].width
+        is_form = is_form and i in through and _is_form_step(step)
+        if not is_form:
+            most = max(most, n_rows * max(width, n_in))
+        elif isinstance(step, LinearStep) and has_slope:
+            # of a product with shared rows only the other side is ever there as a whole
+            most = max(most, (width if is_shared else n_rows) * max(n_in, width if is_rotated else 1))
+            is_shared, has_slope = False, False
+        has_slope = has_slope or isinstance(step, SlopeStep)
+    return most
 
 
 def make_plan(

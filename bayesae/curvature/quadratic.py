@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayesae.curvature.hessian import cholesky
 
-__all__ = ["QuadraticForm"]
+__all__ = ["QuadraticForm", "SharedProduct"]
 
 _BLOCK = 32  # rows of a triangular factor whose leading zeros are left out together
 
@@ -39,29 +39,40 @@ class SharedProduct:
         """Some rows of S without their leading zeros, and the part of D W (width, B in) that they multiply."""
         # contiguous, because the product would take over the slopes' strides and be copied
         scaled = (self.slope.mT.contiguous()[:, :, None] * self.weight[:, None]).flatten(1)
-        size = _BLOCK if self.is_triangular else len(self.shared)
-        for start in range(0, len(self.shared), size):
-            first, some = start if self.is_triangular else 0, slice(start, start + size)
+        for start in range(0, len(self.shared), _BLOCK):
+            first, some = start if self.is_triangular else 0, slice(start, start + _BLOCK)
             yield some, self.shared[some, first:], scaled[first:]
 
-    def square_norms(self) -> Tensor:
-        """Of the columns, (B, in)."""
-        total, work = None, None
-        for _, rows, columns in self._blocks():
-            if total is None or work is None or len(rows) != len(work):
-                work = columns.new_empty(len(rows), columns.shape[1])
-                total = torch.zeros_like(work) if total is None else total
+    def square_norms(self, weights: Tensor | None = None) -> Tensor:
+        """Of the columns, (B, in), rows weighted by (B, R) or not."""
+        total = self.weight.new_zeros(_BLOCK, self.shape[0] * self.shape[2])
+        space = torch.empty_like(total)
+        roots = None if weights is None else weights.mT.sqrt()[:, :, None]  # (R, B, 1)
+        for some, rows, columns in self._blocks():
+            work = space[: len(rows)]
             torch.mm(rows, columns, out=work)
+            if roots is not None:
+                work.unflatten(1, (self.shape[0], self.shape[2])).mul_(roots[some])
             total[: len(rows)].addcmul_(work, work)  # while both are in cache
-        assert total is not None
         return total.sum(0).unflatten(0, (self.shape[0], self.shape[2]))
+
+    def row_norms(self, weights: Tensor) -> Tensor:
+        """Squared norms of the rows (B, R), columns weighted by (B, in)."""
+        space = self.weight.new_empty(_BLOCK, self.shape[0] * self.shape[2])
+        result = self.weight.new_empty(len(self.shared), self.shape[0])
+        for some, rows, columns in self._blocks():
+            work = space[: len(rows)]
+            torch.mm(rows, columns, out=work)
+            by_datum = work.square_().unflatten(1, (self.shape[0], self.shape[2])).mul_(weights)
+            torch.sum(by_datum, -1, out=result[some])
+        return result.mT
 
     def gram_sum(self, slope: Tensor | None) -> Tensor:
         """Sum over data of D' W^T D S^T S D W D', (in, in); slopes D' (B, in) or None."""
-        total, work = self.weight.new_zeros(self.shape[2], self.shape[2]), None
+        total = self.weight.new_zeros(self.shape[2], self.shape[2])
+        space = self.weight.new_empty(_BLOCK, self.shape[0] * self.shape[2])
         for _, rows, columns in self._blocks():
-            if work is None or len(rows) != len(work):
-                work = columns.new_empty(len(rows), columns.shape[1])
+            work = space[: len(rows)]
             torch.mm(rows, columns, out=work)
             by_datum = work.unflatten(1, (self.shape[0], self.shape[2]))
             flat = (by_datum if slope is None else by_datum.mul_(slope)).flatten(0, 1)
@@ -147,8 +158,8 @@ class QuadraticForm:
     def diagonal(self) -> Tensor:
         """Diagonal of M, (B, width), or (1, width) if it is the same for every row."""
         core, factor = self.core, self.factor
-        if isinstance(factor, SharedProduct) and core.dim() == 0:
-            value = core * factor.square_norms()
+        if isinstance(factor, SharedProduct) and core.dim() < 3:
+            value = core * factor.square_norms() if core.dim() == 0 else factor.square_norms(core)
             return value if self.slope is None else value * self.slope**2
         factor = self.rows_before_slope
         if factor is None:

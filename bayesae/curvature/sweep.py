@@ -217,12 +217,9 @@ def narrowest(steps: Sequence[Step], n_rows: int) -> int:
     return min(candidates, key=lambda i: (steps[i].width, -i), default=0)
 
 
-def rows_at_once(lin: Linearisation, steps: Sequence[Step], n_rows: int) -> int:
-    """Rows of data whose factor of n_rows rows fits in cache and memory, at any layer but the outputs."""
-    if lin.chunk_size is not None:
-        return lin.chunk_size
-    widest = max((step.width for step in steps[1:-1] if step.width < n_rows), default=1)
-    return max(1, min(NUMBERS_IN_CACHE, lin.memory // 16) // (n_rows * widest))
+def rows_at_once(lin: Linearisation, numbers: int) -> int:
+    """Rows of data at a time, with so many numbers each in the largest temporary."""
+    return lin.chunk_size or max(1, min(NUMBERS_IN_CACHE, lin.memory // 16) // numbers)
 
 
 def carry(

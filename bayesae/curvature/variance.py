@@ -17,8 +17,9 @@ from bayesae.curvature.general import gradients, row_chunks
 from bayesae.curvature.hessian import cholesky
 from bayesae.curvature.linear import LinearStep, MatrixStep
 from bayesae.curvature.linearisation import Linearisation, push
+from bayesae.curvature.plan import row_numbers
 from bayesae.curvature.products import parameter_tangents
-from bayesae.curvature.quadratic import QuadraticForm
+from bayesae.curvature.quadratic import QuadraticForm, SharedProduct
 from bayesae.curvature.selection import Selection
 from bayesae.curvature.steps import Step
 from bayesae.curvature.sweep import carry, narrowest, rows_at_once
@@ -82,7 +83,10 @@ def output_variance(
                     "Give each direction the shape of the outputs.",
                 )
             some = (some[None] if some.dim() == value.dim() else some).to(value)
-        size = rows_at_once(lin, steps, value[0].numel() if some is None else some.shape[1])
+        n_rows = value[0].numel() if some is None else some.shape[1]
+        lowest = narrowest(steps, n_rows) if some is None else 0
+        numbers = row_numbers(steps, lowest, n_rows, is_rotated=bool(reader.blocks))
+        size = rows_at_once(lin, numbers if reader.dense is None else max(numbers, n_rows * reader.dense[0].size))
         for start in range(0, len(value), size):
             rows = slice(start, min(start + size, len(value)))
             here = [step.take(rows) for step in steps]
@@ -277,9 +281,11 @@ class _Rows:
             self.pairs.append((form.rows(), spread))
             return
         weighted = spread if form.slope is None else spread * form.slope**2
-        factor = form.rows_before_slope
+        factor = form.factor
         if factor is None:
             self.total = self.total + weighted
+        elif isinstance(factor, SharedProduct):
+            self.total = self.total + factor.row_norms(weighted)
         elif factor.dim() == 2:
             self.total = self.total + weighted @ (factor**2).mT
         else:
