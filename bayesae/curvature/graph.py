@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
 
+from bayesae.curvature.elementwise import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, elementwise_step
 from bayesae.curvature.layout import Layout
 from bayesae.curvature.linear import ConvStep, LinearStep, channels_last
 from bayesae.curvature.steps import (
@@ -22,7 +23,6 @@ from bayesae.curvature.steps import (
     InputStep,
     OpaqueStep,
     ReshapeStep,
-    SlopeStep,
     Step,
     module_function,
 )
@@ -30,13 +30,8 @@ from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.functional import check_is_evaluable
 from bayesae.types import Params
 
-__all__ = ["ELEMENTWISE", "Graph", "read"]
+__all__ = ["Graph", "read"]
 
-ELEMENTWISE = (
-    nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid,
-    nn.Mish, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign,
-    nn.Tanh, nn.Tanhshrink, nn.Threshold,
-)  # fmt: skip
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
@@ -46,12 +41,6 @@ _FIXED = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
     nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
 )  # fmt: skip
-_ELEMENTWISE_NAMES = frozenset(
-    "relu relu_ relu6 tanh tanh_ sigmoid sigmoid_ logsigmoid gelu silu mish elu elu_ celu selu leaky_relu leaky_relu_ "
-    "hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink softsign softplus threshold exp log log1p expm1 "
-    "sqrt rsqrt sin cos tan sinh cosh asinh atan erf square abs neg reciprocal pow clamp mul truediv div float double "
-    "to contiguous clone".split()
-)
 _RESHAPES = frozenset("flatten reshape view unflatten squeeze unsqueeze reshape_as view_as".split())
 _ADD, _SUBTRACT = frozenset("add iadd add_".split()), frozenset("sub isub sub_ subtract".split())
 
@@ -220,7 +209,7 @@ def _module_step(
         if getattr(layer, "inplace", False):
             # later users would see other numbers than the graph says
             _check_read_once(name, source, steps, indices[0])
-        return _slope_step(name, lambda *at: layer(at[0].clone()), (x,), indices)
+        return elementwise_step(name, layer, x, indices)
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return _affine_step(name, layer, own, params, x, indices)
     if kind is nn.PReLU:
@@ -316,16 +305,6 @@ def _affine_step(
     return AffineStep(name, indices, value, slope, own.get("weight"), own.get("bias"), standardised, x.shape[1])
 
 
-def _slope_step(
-    name: str, function: Callable[..., Tensor], values: tuple[Tensor, ...], indices: tuple[int, ...]
-) -> Step:
-    with torch.inference_mode(False), torch.enable_grad():
-        at = values[0].detach().clone().requires_grad_()
-        y = function(at)
-        (slope,) = torch.autograd.grad(y.sum(), at)
-    return SlopeStep(name, indices, y.detach(), slope)
-
-
 def _opaque_module(
     name: str,
     layer: nn.Module,
@@ -391,8 +370,8 @@ def _function_step(node: fx.Node, args: Any, kwargs: Any, steps: list[Step], ref
         is_same_shape = value.shape == values[0].shape
         if what in _RESHAPES and value[0].numel() == values[0][0].numel():
             return ReshapeStep(node.name, indices, value, values[0].shape[1:])
-        if is_same_shape and what in _ELEMENTWISE_NAMES | _ADD | _SUBTRACT:
-            return _slope_step(node.name, run, values, indices)
+        if is_same_shape and what in ELEMENTWISE_FUNCTIONS | _ADD | _SUBTRACT:
+            return elementwise_step(node.name, run, values[0], indices)
     elif what in _ADD | _SUBTRACT and all(v.shape == value.shape for v in values) and len(args) == 2 and not kwargs:
         return AddStep(node.name, indices, value, (1.0, 1.0 if what in _ADD else -1.0))
     return OpaqueStep(node.name, indices, value, lambda params, *given: run(*given), values, {})

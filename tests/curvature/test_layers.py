@@ -24,7 +24,7 @@ from bayesae.curvature import (
     ggn_product,
     output_variance,
 )
-from bayesae.curvature.graph import ELEMENTWISE
+from bayesae.curvature.elementwise import ELEMENTWISE
 from bayesae.functional import parameters_of
 from tests import twins
 from tests.conftest import small_model
