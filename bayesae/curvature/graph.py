@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -98,7 +99,10 @@ class Graph:
         env: dict[fx.Node, Any] = {}
         for node in nodes:
             if node.op == "placeholder":
-                env[node] = _Ref(0)
+                # further arguments were given their defaults when the graph was read, and are only asserted
+                env[node] = None if _Ref(0) in env.values() else _Ref(0)
+            elif node.target is torch._assert:
+                continue
             elif node.op == "get_attr":
                 env[node] = _attribute(self.network, node.target, params, x.dtype)
             elif node.op == "output":
@@ -119,10 +123,12 @@ class Graph:
             if len(refs) != len(args) or kwargs:
                 raise _NotAStepError
             layer = self.network.get_submodule(node.target)
+            _check_overwrites(node, layer)
             step = _module_step(node.target, layer, self.names[node.target], params, steps, refs)
         else:
             if not refs:
                 return _call(node, args, kwargs)
+            _check_overwrites(node, None)
             step = _function_step(node, args, kwargs, steps, refs)
         if not isinstance(step, Step):
             return step
@@ -143,7 +149,10 @@ class _Ref:
 
 def _graph(network: nn.Module) -> fx.Graph:
     if not fx.Tracer().is_leaf_module(network, ""):
-        return _Tracer().trace(network)
+        # a default is a constant: an argument left free would take the branch of one that is given
+        arguments = list(inspect.signature(network.forward).parameters.values())[1:]
+        defaults = {a.name: a.default for a in arguments if a.default is not a.empty}
+        return _Tracer().trace(network, concrete_args=defaults)
     graph = fx.Graph()  # a single layer: traced, it would be functions of its parameters, which no step owns
     graph.output(graph.create_node("call_module", "", (graph.placeholder("x"),)))
     return graph
@@ -206,9 +215,6 @@ def _module_step(
         if step is not None:
             return step
     if kind in ELEMENTWISE:
-        if getattr(layer, "inplace", False):
-            # later users would see other numbers than the graph says
-            _check_read_once(name, source, steps, indices[0])
         return elementwise_step(name, layer, x, indices)
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         return _affine_step(name, layer, own, params, x, indices)
@@ -235,11 +241,17 @@ def _transpose(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda rows: torch.func.vjp(layer, rows.new_zeros(len(rows), *shape))[1](rows)[0]
 
 
-def _check_read_once(name: str, source: Step, steps: list[Step], index: int) -> None:
-    if any(index in step.sources for step in steps):
+def _check_overwrites(node: fx.Node, layer: nn.Module | None) -> None:
+    """Refuse an operation in place whose input others read, too: the graph does not say which numbers they see."""
+    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    is_in_place = what.endswith("_") or what in {"iadd", "isub", "imul", "itruediv"}
+    if not (is_in_place if layer is None else getattr(layer, "inplace", False)):
+        return
+    source = node.all_input_nodes[0]
+    if len(source.users) > 1:
         raise UnsupportedError(
             "activations in place only where nobody else reads their input",
-            f"{name!r} overwriting the output of {source.name!r}, which is read elsewhere",
+            f"{node.name!r} overwriting the output of {source.name!r}, which is read elsewhere",
             "Use inplace=False.",
         )
 
@@ -364,8 +376,6 @@ def _function_step(node: fx.Node, args: Any, kwargs: Any, steps: list[Step], ref
     n_rows = len(steps[0].value)
     if value.shape[:1] != (n_rows,):
         raise _NotAStepError
-    if what.endswith("_") or what.startswith("i") and what[1:] in {"add", "sub", "mul"}:
-        _check_read_once(node.name, steps[indices[0]], steps, indices[0])
     if len(indices) == 1:
         is_same_shape = value.shape == values[0].shape
         if what in _RESHAPES and value[0].numel() == values[0][0].numel():

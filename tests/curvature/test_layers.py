@@ -179,7 +179,8 @@ def test_rows_of_another_width_are_refused(rows):
         ggn_diagonal(Linearisation(nn.Sequential(nn.Conv2d(3, 1, 1)).double()), torch.ones(2, 1, 4, 4), ones)
 
 
-def test_an_overwritten_input_that_is_read_again_is_refused(rows):
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_overwritten_input_that_is_read_again_is_refused(rows, is_first):
     class Overwrites(nn.Module):
         def __init__(self):
             super().__init__()
@@ -187,10 +188,25 @@ def test_an_overwritten_input_that_is_read_again_is_refused(rows):
 
         def forward(self, x):
             h = self.a(x)
-            return self.b(h) + self.act(h)
+            return self.act(h) + self.b(h) if is_first else self.b(h) + self.act(h)
 
     with pytest.raises(bae.errors.UnsupportedError, match="'act' overwriting the output of 'a'"):
         ggn_diagonal(Linearisation(Overwrites().double()), rows, ones)
+
+
+def test_arguments_beyond_the_first_keep_their_defaults(rows):
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(7, 7), nn.Linear(7, 7)
+
+        def forward(self, x, shift=None, scale=2.0):
+            return self.a(x) * scale if shift is None else self.b(x) + shift
+
+    network = Optional().double()
+    got = ggn_diagonal(Linearisation(network), rows, ones)
+    assert float(got["b.weight"].abs().max()) == 0
+    assert_close(got, twins.ggn_diagonal(network, rows, bae.likelihoods.Gaussian(1.0)), rtol=1e-8, atol=1e-8)
 
 
 def test_a_layer_that_mixes_rows_of_the_batch_is_named(rows):
