@@ -35,6 +35,7 @@ class Normal(ABC):
 
     mean: Params
     subset: Subset
+    is_linearised: bool
 
     @property
     def n_atoms(self) -> int | None:
