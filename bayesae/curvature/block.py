@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bayesae.curvature.diagonal import all_rows
+from bayesae.curvature.general import gradients
 from bayesae.curvature.hessian import Hessian, HessianFunction, read_hessian
 from bayesae.curvature.linear import LinearStep
 from bayesae.curvature.linearisation import Linearisation, last_spatial
@@ -52,7 +53,7 @@ def ggn_block(
     Raises:
         ParameterError: If a mask does not belong to the network.
     """
-    chosen = Selection(masks, lin)
+    chosen = lin.selection(masks)
     total = _Blocks()
     for part, steps in lin.batches(x):
         outputs = steps[-1].value
@@ -62,7 +63,7 @@ def ggn_block(
         size = rows_at_once(lin, n_rows * widest)
         for start in range(0, len(outputs), size):
             some = slice(start, min(start + size, len(outputs)))
-            _add_block(lin, [step.take(some) for step in steps], hessian.take(some), chosen, total)
+            _add_block(lin, lin.take(steps, some), hessian.take(some), chosen, total)
     return total.matrix(next(iter(lin.params.values())).new_zeros(chosen.size, chosen.size))
 
 
@@ -128,7 +129,8 @@ def _add_block(lin: Linearisation, steps: list[Step], hessian: Hessian, chosen: 
         form = QuadraticForm(last.width, flat.new_ones(()), flat.flatten(2), keeps_rows=True)
         at_cut = carry(lin, steps, last_spatial(steps), form, visitor, stop=cut)
         if chosen.shared:
-            visitor.parts.append(chosen.shared_columns(lin, steps[0].value, rows))
+            leaves = gradients(lin, steps[0].value, rows, chosen.shared)
+            visitor.parts.append(chosen.pick_shared(leaves))
         columns, places = visitor.joined(outputs, rows.shape[1])
         flat = columns.flatten(0, 1)
         total.add(f"after, {part}", places, places, flat.mT @ flat)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from bayesae.curvature.general import gradients, row_chunks
-from bayesae.curvature.hessian import Hessian, HessianFunction
+from bayesae.curvature.hessian import Hessian, HessianFunction, read_hessian
 from bayesae.curvature.linear import ConvStep, LinearStep
 from bayesae.curvature.linearisation import Linearisation
 from bayesae.curvature.locality import Field
@@ -136,12 +134,9 @@ def shared_diagonal(
     x: Tensor,
     output_hessian: HessianFunction,
     mask: Tensor | None,
-    names: Sequence[str] | None = None,
 ) -> Params:
     """The diagonal for parameters that stand in several places, one vector-Jacobian product an output."""
-    from bayesae.curvature.hessian import read_hessian
-
-    names = sorted(lin.shared) if names is None else names
+    names = sorted(lin.shared)
     total = {name: torch.zeros_like(lin.params[name]) for name in names}
     for part, steps in lin.batches(x):
         outputs = steps[-1].value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
 
 from bayesae.curvature.elementwise import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, elementwise_step
+from bayesae.curvature.fixed import FIXED, fixed_step
 from bayesae.curvature.layout import Layout
 from bayesae.curvature.linear import ConvStep, LinearStep, channels_last
 from bayesae.curvature.steps import (
     AddStep,
     AffineStep,
-    FixedLinearStep,
     InputStep,
     OpaqueStep,
     ReshapeStep,
@@ -37,11 +37,6 @@ _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_FIXED = (
-    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
-    nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
-)  # fmt: skip
 _RESHAPES = frozenset("flatten reshape view unflatten squeeze unsqueeze reshape_as view_as".split())
 _ADD, _SUBTRACT = frozenset("add iadd add_".split()), frozenset("sub isub sub_ subtract".split())
 
@@ -91,7 +86,7 @@ class Graph:
             except _NotAStepError:
                 pass
         names = dict(self.network.named_parameters())
-        whole = _opaque_module("network", self.network, {name: name for name in names}, params, (0,), (x,))
+        whole = _opaque_module(_WHOLE, self.network, {name: name for name in names}, params, (0,), (x,))
         return [InputStep("input", (), x), whole]
 
     def _run(self, nodes: list[fx.Node], params: Params, x: Tensor) -> list[Step]:
@@ -136,6 +131,9 @@ class Graph:
         return _Ref(len(steps) - 1)
 
 
+_WHOLE = "network"  # name of the one step of a network that cannot be read
+
+
 class _NotAStepError(Exception):
     """The graph does something that has no step: the network is then taken as one."""
 
@@ -175,10 +173,20 @@ def read(network: nn.Module) -> Graph:
         if layer._forward_hooks or layer._forward_pre_hooks:
             raise UnsupportedError("layers without hooks", f"{type(layer).__name__} {name!r} with one", "Remove it.")
     canonical = {id(parameter): name for name, parameter in network.named_parameters()}
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in network.modules()]
+    values = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         nodes: list[fx.Node] | None = list(_graph(network).nodes)
     except Exception:  # noqa: BLE001 - control flow on data raises whatever it likes
         return Graph(network, None, {}, frozenset())
+    finally:
+        for module, attributes, buffers in kept:  # a forward that stores something would have stored a proxy
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.data.copy_(value)
     names, uses = {}, Counter[str]()
     for node in nodes:
         if node.op == "call_module":
@@ -197,7 +205,12 @@ def _attribute(network: nn.Module, target: Any, params: Params, dtype: torch.dty
     for name, parameter in network.named_parameters():
         if parameter is value:
             return params[name]
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return _copy(value, dtype) if isinstance(value, Tensor) else value
+
+
+def _copy(buffer: Tensor, dtype: torch.dtype) -> Tensor:
+    """A buffer that a forward may write to, in the network's precision."""
+    return buffer.to(dtype, copy=True) if buffer.is_floating_point() else buffer.clone()
 
 
 def _module_step(
@@ -223,22 +236,13 @@ def _module_step(
         shape = (1, -1, *[1] * (x.dim() - 2))
         slope = torch.where(x > 0, 1.0, weight.reshape(shape) if len(weight) > 1 else weight)
         return AffineStep(name, indices, x * slope, slope, own["weight"], None, x.clamp(max=0), len(weight))
-    if kind in _FIXED:
-        return FixedLinearStep(name, indices, layer(x), layer, _transpose(layer, x))
+    if kind in FIXED:
+        return fixed_step(name, layer, x, indices)
     if kind in (nn.Flatten, nn.Unflatten):
         value = layer(x)
         if value.shape[0] == len(x):
             return ReshapeStep(name, indices, value, x.shape[1:])
     return _opaque_module(name, layer, own, params, indices, tuple(steps[i].value for i in indices))
-
-
-def _transpose(layer: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The transpose of a fixed linear layer, from rows (N, *out) to (N, *in)."""
-    shape = x.shape[1:]
-    if isinstance(layer, nn.Upsample) and layer.mode == "nearest" and x.dim() == 4:
-        backward = torch.ops.aten.upsample_nearest2d_backward
-        return lambda rows: backward(rows, rows.shape[2:], (len(rows), *shape))
-    return lambda rows: torch.func.vjp(layer, rows.new_zeros(len(rows), *shape))[1](rows)[0]
 
 
 def _check_overwrites(node: fx.Node, layer: nn.Module | None) -> None:
@@ -325,12 +329,12 @@ def _opaque_module(
     indices: tuple[int, ...],
     inputs: tuple[Tensor, ...],
 ) -> Step:
-    buffers = {
-        key: value.to(inputs[0].dtype) if value.is_floating_point() else value for key, value in layer.named_buffers()
-    }
+    buffers = {key: _copy(value, inputs[0].dtype) for key, value in layer.named_buffers()}
     function = module_function(layer, own, buffers)
     mine = {full: params[full] for full in own.values()}
     value = function(mine, *inputs)
+    if not isinstance(value, Tensor) and name != _WHOLE:
+        raise _NotAStepError  # the network may still make one tensor of it
     if not isinstance(value, Tensor) or value.shape[:1] != inputs[0].shape[:1]:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise UnsupportedError(
@@ -376,12 +380,13 @@ def _function_step(node: fx.Node, args: Any, kwargs: Any, steps: list[Step], ref
     n_rows = len(steps[0].value)
     if value.shape[:1] != (n_rows,):
         raise _NotAStepError
+    name = f"{node.name}()"  # never that of a module
     if len(indices) == 1:
         is_same_shape = value.shape == values[0].shape
         if what in _RESHAPES and value[0].numel() == values[0][0].numel():
-            return ReshapeStep(node.name, indices, value, values[0].shape[1:])
+            return ReshapeStep(name, indices, value, values[0].shape[1:])
         if is_same_shape and what in ELEMENTWISE_FUNCTIONS | _ADD | _SUBTRACT:
-            return elementwise_step(node.name, run, values[0], indices)
+            return elementwise_step(name, run, values[0], indices)
     elif what in _ADD | _SUBTRACT and all(v.shape == value.shape for v in values) and len(args) == 2 and not kwargs:
-        return AddStep(node.name, indices, value, (1.0, 1.0 if what in _ADD else -1.0))
-    return OpaqueStep(node.name, indices, value, lambda params, *given: run(*given), values, {})
+        return AddStep(name, indices, value, (1.0, 1.0 if what in _ADD else -1.0))
+    return OpaqueStep(name, indices, value, lambda params, *given: run(*given), values, {}, is_sized=True)

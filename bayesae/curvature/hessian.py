@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesae.errors import ShapeError
+from bayesae.errors import NonFiniteError, ShapeError
 
 __all__ = ["BlockHessian", "Hessian", "LowRankHessian", "OutputHessian", "cholesky", "read_hessian"]
 
@@ -48,21 +48,34 @@ OutputHessian = Tensor | BlockHessian | LowRankHessian
 HessianFunction = Callable[[Tensor], OutputHessian]
 
 
-def cholesky(matrix: Tensor) -> Tensor:
-    """Lower factor of positive semi-definite matrices, singular ones included.
+def cholesky(matrix: Tensor, what: str | None = None) -> Tensor:
+    """Lower factor of positive semi-definite matrices, singular ones included, computed in float64.
 
-    A jitter of n rounding errors of the trace makes it succeed on a dead direction; the product is off by as much.
+    A matrix that is singular up to the rounding of its own dtype gets that much on its diagonal, others nothing.
 
     Args:
         matrix: (..., n, n).
+        what: What it is, to raise unless it is positive semi-definite; None if it is by construction.
 
     Returns:
-        (..., n, n), lower triangular.
+        (..., n, n), lower triangular, in the matrix's dtype.
+
+    Raises:
+        NonFiniteError: If ``what`` is given and the matrix has a negative direction. (Of a matrix on a GPU torch says
+            so, without waiting for it.)
     """
-    n, eps = matrix.shape[-1], torch.finfo(matrix.dtype).eps
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    jitter = 2 * n * eps * trace + torch.finfo(matrix.dtype).tiny
-    return torch.linalg.cholesky_ex(matrix + torch.diag_embed(jitter[..., None].expand(*trace.shape, n)))[0]
+    eps, n, wide = torch.finfo(matrix.dtype).eps, matrix.shape[-1], matrix.double()
+    size = torch.linalg.matrix_norm(wide)
+    jitter = 4 * eps * size + torch.finfo(wide.dtype).eps * n * size + torch.finfo(wide.dtype).tiny
+    first, failed = torch.linalg.cholesky_ex(wide)
+    second, still = torch.linalg.cholesky_ex(wide + torch.diag_embed(jitter[..., None].expand(*jitter.shape, n)))
+    if what is not None:
+        is_sound = ((failed == 0) | (still == 0)).all()
+        if matrix.device.type != "cpu":
+            torch._assert_async(is_sound, f"{what} must be positive semi-definite")  # pyright: ignore[reportPrivateImportUsage]
+        elif not bool(is_sound):
+            raise NonFiniteError(f"a positive semi-definite {what}", "one with a negative direction", "Check its sign.")
+    return torch.where((failed == 0)[..., None, None], first, second).to(matrix.dtype)
 
 
 @dataclass(frozen=True)
@@ -87,11 +100,6 @@ class Hessian:
     def n_outputs(self) -> int:
         """O."""
         return self.shape[1:].numel()
-
-    @property
-    def group(self) -> int:
-        """Outputs that curve together: 1 unless there are blocks."""
-        return 1 if self.blocks is None else self.blocks.shape[-1]
 
     def take(self, rows: slice) -> Hessian:
         """H of some of the data."""
@@ -196,7 +204,7 @@ def read_hessian(given: OutputHessian, outputs: Tensor, mask: Tensor | None) -> 
         if keep is not None:
             keep = keep.movedim(axis, -1)
             values = values * keep[..., :, None] * keep[..., None, :]
-        return Hessian(shape, None, cholesky(values), axis)
+        return Hessian(shape, None, cholesky(values, "Hessian block"), axis)
     if isinstance(given, LowRankHessian):
         diagonal = outputs.new_zeros(()) if given.diagonal is None else given.diagonal
         dense = given.factor.to(dtype)
@@ -208,8 +216,10 @@ def read_hessian(given: OutputHessian, outputs: Tensor, mask: Tensor | None) -> 
 
 
 def _masked(diagonal: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
-    if diagonal.dim() and diagonal.numel() == shape.numel():
+    if diagonal.dim():
+        if diagonal.numel() != shape.numel() or diagonal.shape[0] != shape[0]:
+            raise ShapeError(
+                f"a diagonal () or {tuple(shape)}", f"{tuple(diagonal.shape)}", "Expand it to the shape of the outputs."
+            )
         diagonal = diagonal.reshape(shape)
-    elif diagonal.dim():
-        diagonal = diagonal.expand(shape)
     return diagonal if keep is None else diagonal * keep

@@ -62,8 +62,14 @@ class KroneckerCurvature:
     rest: Params
 
     def __add__(self, other: KroneckerCurvature) -> KroneckerCurvature:
-        blocks = {name: block + other.blocks[name] for name, block in self.blocks.items()}
-        return KroneckerCurvature(blocks, {name: leaf + other.rest[name] for name, leaf in self.rest.items()})
+        # an empty batch has met no layer, and counts all parameters among the rest
+        blocks, rest = dict(self.blocks), dict(self.rest)
+        for name, block in other.blocks.items():
+            blocks[name] = blocks[name] + block if name in blocks else block
+        for name, leaf in other.rest.items():
+            rest[name] = rest[name] + leaf if name in rest else leaf
+        inside = {name for block in blocks.values() for name in block.layout.names}
+        return KroneckerCurvature(blocks, {name: leaf for name, leaf in rest.items() if name not in inside})
 
     def scaled(self, share: float) -> KroneckerCurvature:
         """As if every datum stood for ``share`` of them."""

@@ -227,8 +227,10 @@ class ConvStep(MatrixStep):
 
     @property
     def _has_few_channels(self) -> bool:
-        layout = self.layout
-        return layout.is_transposed and len(self.stride) == 2 and layout.groups == 1 and layout.n_out <= 4
+        layout, is_reached = self.layout, all(o < s for o, s in zip(self.output_padding, self.stride, strict=True))
+        return (
+            layout.is_transposed and len(self.stride) == 2 and layout.groups == 1 and layout.n_out <= 4 and is_reached
+        )
 
     def _columns(self, x: Tensor) -> Tensor:
         """A transposed convolution as a matrix product and a fold: on a CPU 8 times as fast to one channel."""

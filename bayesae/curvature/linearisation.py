@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bayesae.curvature.graph import read
-from bayesae.curvature.steps import ReshapeStep, Step
-from bayesae.errors import ParameterError
+from bayesae.curvature.selection import Selection
+from bayesae.curvature.steps import OpaqueStep, ReshapeStep, Step
+from bayesae.errors import ParameterError, UnsupportedError
 from bayesae.functional import at_least_float32, parameters_of
 from bayesae.types import Params
 
@@ -31,7 +33,8 @@ class Linearisation:
         network: Maps (B, ...) to (B, ...), in evaluation mode; gives structure, names and buffers, and is not touched.
         params: Where to linearise, every parameter in its own shape; the module's own by default. Narrower
             floating-point numbers than float32 are widened: curvature is a sum over a data set.
-        chunk_size: Data rows at a time; chosen by memory if None. It changes results by rounding only.
+        chunk_size: Data rows at a time; chosen by memory if None. It changes results by rounding only (and which random
+            probes a datum gets).
         memory: Bytes that the temporaries of one chunk may take, 256 MB by default.
 
     Raises:
@@ -51,6 +54,8 @@ class Linearisation:
         self.graph = read(network)
         self.layers = dict(network.named_modules())
         self.plans: dict[Any, Any] = {}
+        self._checked: set[torch.Size] = set()
+        self._selection: tuple[Mapping[str, Tensor], Selection] | None = None
         self._factored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Linearisation:
@@ -66,11 +71,55 @@ class Linearisation:
 
     def trace(self, x: Tensor) -> list[Step]:
         r"""Run the network on (B, \*data) and keep what its layers did, input first."""
-        return _without_dead_ends(self.graph.run(self.params, x.to(next(iter(self.params.values())).dtype)))
+        x = x.to(next(iter(self.params.values())).dtype)
+        steps = self.graph.run(self.params, x)
+        if x.shape[1:] not in self._checked and len(x):
+            steps = self._check(steps, x)
+            self._checked.add(x.shape[1:])
+        return _without_dead_ends(steps)
+
+    def _check(self, steps: list[Step], x: Tensor) -> list[Step]:
+        """Compare what was read with the network itself, once for each shape of input.
+
+        A forward that writes into tensors through aliases looks like another one to torch.fx; such a network is taken
+        as one operation.
+
+        Args:
+            steps: What was read.
+            x: (B, *data).
+
+        Returns:
+            The steps, or the network as one.
+
+        Raises:
+            UnsupportedError: If the network does not give the same outputs twice.
+        """
+        whole = replace(self.graph, nodes=None, names={}, shared=frozenset())
+        expected, again = (whole.run(self.params, x.clone())[-1].value for _ in range(2))
+        tolerance = {"rtol": 1e-3, "atol": 1e-4} if x.dtype == torch.float32 else {"rtol": 1e-8, "atol": 1e-8}
+        if not torch.allclose(expected, again, equal_nan=True, **tolerance):
+            raise UnsupportedError(
+                "a network that gives the same outputs twice", "different ones", "Is there noise in its forward?"
+            )
+        found = steps[-1].value
+        if found.shape == expected.shape and torch.allclose(found, expected, equal_nan=True, **tolerance):
+            return steps
+        self.graph = whole
+        return whole.run(self.params, x)
+
+    def take(self, steps: list[Step], rows: slice) -> list[Step]:
+        """A trace of some of the data, without running the network where that is possible."""
+        if rows == slice(0, len(steps[0].value)):
+            return steps
+        if any(isinstance(step, OpaqueStep) and step.is_sized for step in steps):
+            return self.trace(steps[0].value[rows])
+        return [step.take(rows) for step in steps]
 
     def batches(self, x: Tensor) -> Iterator[tuple[slice, list[Step]]]:
         """Rows of (N, *data) in pieces, each with its trace."""
         size = self.chunk_size or _ROWS_OF_A_TRACE
+        if self.chunk_size is None and len(x) > size:
+            size = math.ceil(len(x) / math.ceil(len(x) / size))  # pieces of equal size
         for start in range(0, len(x), size):
             rows = slice(start, min(start + size, len(x)))
             yield rows, self.trace(x[rows])
@@ -89,6 +138,12 @@ class Linearisation:
         if id(weight) not in self._factored:
             self._factored[id(weight)] = torch.linalg.qr(weight)
         return self._factored[id(weight)]
+
+    def selection(self, masks: Mapping[str, Tensor]) -> Selection:
+        """Chosen weights, read once for masks that come again."""
+        if self._selection is None or self._selection[0] is not masks:
+            self._selection = masks, Selection(masks, self.params, self.shared)
+        return self._selection[1]
 
     def compressed(self, factor: Tensor) -> Tensor:
         """A factor (R, width) with R > width in width rows; remembered for a weight of the network."""
@@ -131,18 +186,17 @@ def last_spatial(steps: Sequence[Step]) -> int:
     return i
 
 
-def push(steps: Sequence[Step], tangents: dict[int, Tensor], until: int | None = None) -> Tensor | None:
+def push(steps: Sequence[Step], tangents: dict[int, Tensor]) -> Tensor | None:
     r"""Carry tangents forward.
 
     Args:
         steps: A trace.
         tangents: At some steps' outputs, {index: (B or 1, K, \*out)}.
-        until: Index of the step where they are wanted; the outputs by default.
 
     Returns:
         (B or 1, K, \*O), or None if nothing arrives.
     """
-    end = len(steps) - 1 if until is None else until
+    end = len(steps) - 1
     known: dict[int, Tensor | None] = dict(tangents)
     for i in range(1, end + 1):
         coming = [known.get(j) for j in steps[i].sources]

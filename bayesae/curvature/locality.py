@@ -122,7 +122,7 @@ def _before(field: Field, step: Step, source: Step, layer: nn.Module | None) -> 
             )
             rule.append(lambda a, b, k=k, s=s, p=p, d=d: (a * s - p, b * s - p + d * (k - 1)))
     elif isinstance(layer, nn.Upsample):
-        rule = [_upsampling(layer, n, step.value.shape[2 + axis]) for axis, n in enumerate(shape)]
+        rule = [_upsampling(layer, n, step.value.shape[2 + axis], axis) for axis, n in enumerate(shape)]
     else:
         return None
     low, high = [], []
@@ -138,16 +138,22 @@ def _one(value: int | Sequence[int], axis: int) -> int:
     return value if isinstance(value, int) else value[axis]
 
 
-def _upsampling(layer: nn.Upsample, n_in: int, n_out: int):  # noqa: ANN202 - a function of two numbers
+def _upsampling(layer: nn.Upsample, n_in: int, n_out: int, axis: int):  # noqa: ANN202 - a function of two numbers
+    given = layer.scale_factor
+    factor = given[axis] if isinstance(given, tuple) else given
     if layer.mode in {"nearest", "nearest-exact"}:
-        ramp = torch.arange(n_in, dtype=torch.float64).reshape(1, 1, -1)
-        index = [round(i) for i in F.interpolate(ramp, size=n_out, mode=layer.mode).flatten().tolist()]
-        return lambda a, b: (index[a], index[b])
+        ramp, size = torch.arange(n_in, dtype=torch.float64).reshape(1, 1, -1), n_out if factor is None else None
+        index = F.interpolate(
+            ramp, size, factor, layer.mode, recompute_scale_factor=layer.recompute_scale_factor
+        )  # fmt: skip
+        places = [round(i) for i in index.flatten().tolist()]
+        return lambda a, b: (places[a], places[b])
     margin = 2 if layer.mode == "bicubic" else 1
     if layer.align_corners:
         rate = (n_in - 1) / max(n_out - 1, 1)
         return lambda a, b: (math.floor(a * rate) - margin + 1, math.ceil(b * rate) + margin - 1)
-    rate = n_in / n_out
+    # a factor that was given is used as it is, even where the sizes stand in another ratio
+    rate = n_in / n_out if factor is None or layer.recompute_scale_factor else 1 / factor
     return lambda a, b: (
         math.floor((a + 0.5) * rate - 0.5) - margin + 1,
         math.ceil((b + 0.5) * rate - 0.5) + margin - 1,

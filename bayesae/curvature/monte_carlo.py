@@ -166,7 +166,7 @@ def _squared(step: Step, layer: nn.Module | None) -> Step:
         return replace(step, signs=tuple(sign**2 for sign in step.signs))
     if isinstance(step, ReshapeStep) or not step.sources:
         return step
-    if isinstance(step, FixedLinearStep) and (is_copying or is_nearest or isinstance(layer, nn.UpsamplingNearest2d)):
+    if isinstance(step, FixedLinearStep) and (is_copying or is_nearest):
         return step  # coefficients 0 and 1 are their own squares
     raise UnsupportedError(
         "layers that the approximation knows",

@@ -183,6 +183,7 @@ def make_plan(
     hessian: Hessian,
     layers: dict[str, nn.Module],
     *,
+    shared: frozenset[str],
     colours: str,
     memory: int,
     chunk_size: int | None,
@@ -193,6 +194,7 @@ def make_plan(
         steps: A trace.
         hessian: H of the outputs.
         layers: The network's modules by name.
+        shared: Parameters that no single layer owns.
         colours: What coloured rows serve in the question: squares of gradients in "all" layers, "convolutions" position
             by position, convolutions in a "rotated" basis, or "none".
         memory: Bytes that one chunk may take.
@@ -218,7 +220,7 @@ def make_plan(
         through = cuts(steps)
         for cut in sorted(through - {0}):
             if cut < end and steps[cut].width < hessian.n_outputs:
-                option = _with_cut(steps, hessian, cut, end, fields, colours)
+                option = _with_cut(steps, hessian, cut, end, fields, colours, shared)
                 if sum(line.operations for line in option[3]) < sum(line.operations for line in best[3]):
                     best = option
     numbers = max((line.numbers for line in best[3]), default=1)
@@ -248,7 +250,13 @@ def reach_for(step: Step, field: Field, colours: str) -> tuple[int, ...]:
 
 
 def _with_cut(
-    steps: Sequence[Step], hessian: Hessian, cut: int, end: int, fields: Sequence[Field | None], colours: str
+    steps: Sequence[Step],
+    hessian: Hessian,
+    cut: int,
+    end: int,
+    fields: Sequence[Field | None],
+    colours: str,
+    shared: frozenset[str],
 ) -> tuple[int, dict[int, str], dict[int, Field], list[Line]]:
     above = [i for i in range(cut + 1, end + 1) if steps[i].names]
     path = {i: sum(operations(step) for step in steps[i + 1 : end + 1]) for i in [cut, *above]}
@@ -262,7 +270,9 @@ def _with_cut(
     for i in reversed(above):
         step, field = steps[i], fields[i]
         n_colour = None
-        is_served = isinstance(step, MatrixStep) and (colours == "all" or isinstance(step, ConvStep))
+        is_served = isinstance(step, MatrixStep) and (
+            colours == "all" or isinstance(step, ConvStep) and not shared.intersection(step.names)
+        )
         if isinstance(step, ConvStep) and field is not None and field.positions != tuple(step.value.shape[2:]):
             field = None
         if isinstance(step, LinearStep) and step.inputs.dim() > 2:

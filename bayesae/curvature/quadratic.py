@@ -191,7 +191,8 @@ class QuadraticForm:
         if factor is None and core.dim() == 2:
             return torch.diag((core if slope is None else core * slope**2).sum(0))
         if factor is None and core.dim() == 3:
-            return (core if slope is None else core * slope[:, :, None] * slope[:, None, :]).sum(0).to(self.dtype)
+            per_row = core if slope is None else core * slope[:, :, None] * slope[:, None, :]
+            return per_row.expand(n_rows, -1, -1).sum(0).to(self.dtype)
         rows = self.rows()
         if len(rows) == 1:
             rows = rows.expand(n_rows, -1, -1)

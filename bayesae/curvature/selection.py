@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bayesae.curvature.general import gradients
 from bayesae.curvature.linear import MatrixStep
-from bayesae.curvature.linearisation import Linearisation
 from bayesae.curvature.steps import Step
 from bayesae.errors import ParameterError
+from bayesae.types import Params
 
 __all__ = ["Selection"]
 
@@ -21,26 +20,28 @@ class Selection:
 
     Args:
         masks: Boolean masks in the parameters' shapes, by name.
-        lin: The network that they belong to.
+        params: Of the network that they belong to.
+        shared: Names of parameters that no single layer owns.
 
     Raises:
         ParameterError: If a name is unknown or a mask has another shape.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor], lin: Linearisation) -> None:
+    def __init__(self, masks: Mapping[str, Tensor], params: Params, shared: frozenset[str]) -> None:
         self.slots: dict[str, Tensor] = {}
         start = 0
         for name, mask in masks.items():
-            if name not in lin.params or mask.shape != lin.params[name].shape:
-                shapes = {key: tuple(leaf.shape) for key, leaf in lin.params.items()}
+            if name not in params or mask.shape != params[name].shape:
+                shapes = {key: tuple(leaf.shape) for key, leaf in params.items()}
                 raise ParameterError(f"masks for some of {shapes}", f"{name!r} {tuple(mask.shape)}", "See Subset.of.")
-            mask = mask.to(lin.params[name].device)
+            mask = mask.to(params[name].device)
             slots = torch.full(mask.shape, -1, dtype=torch.long, device=mask.device)
             stop = start + int(mask.sum())
             slots[mask] = torch.arange(start, stop, device=mask.device)
             self.slots[name], start = slots, stop
         self.size = start
-        self.shared = [name for name in self.slots if name in lin.shared]
+        self.shared = [name for name in self.slots if name in shared]
+        self._indices: dict[str, tuple[Tensor, Tensor]] = {}
         self._of_step: dict[str, tuple[Tensor, Tensor]] = {}
 
     def has(self, step: Step) -> bool:
@@ -80,19 +81,21 @@ class Selection:
             if step.n_positions == 1:
                 return step.by_channel(rows)[..., 0][:, :, g, c] * step.patches()[..., 0][:, None, g, j], places
             return step.matrix_gradients(rows)[:, :, g, c, j], places
-        parts, places = [], []
-        for name, leaf in step.gradients(rows).items():
-            if name in self.slots and name not in self.shared:
-                slots = self.slots[name].flatten()
-                parts.append(leaf.flatten(2)[:, :, slots >= 0])
-                places.append(slots[slots >= 0])
-        return torch.cat(parts, -1), torch.cat(places)
+        gradients = step.gradients(rows)
+        return self._pick({n: leaf for n, leaf in gradients.items() if n in self.slots and n not in self.shared})
 
-    def shared_columns(self, lin: Linearisation, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for chosen weights that stand in several places; rows are at the outputs."""
+    def pick_shared(self, gradients: Params) -> tuple[Tensor, Tensor]:
+        """The same for chosen weights that stand in several places, of their gradients (B, R, *shape)."""
+        return self._pick({name: gradients[name] for name in self.shared})
+
+    def _pick(self, gradients: Params) -> tuple[Tensor, Tensor]:
         parts, places = [], []
-        for name, leaf in gradients(lin, x, rows, self.shared).items():
-            slots = self.slots[name].flatten()
-            parts.append(leaf.flatten(2)[:, :, slots >= 0])
-            places.append(slots[slots >= 0])
+        for name, leaf in gradients.items():
+            if name not in self._indices:
+                slots = self.slots[name].flatten()
+                index = (slots >= 0).nonzero()[:, 0]
+                self._indices[name] = index, slots[index]
+            index, slots = self._indices[name]
+            parts.append(leaf.flatten(2)[:, :, index])
+            places.append(slots)
         return torch.cat(parts, -1), torch.cat(places)

@@ -267,11 +267,13 @@ class OpaqueStep(Step):
         function: Of parameters by their names and the sources' values.
         inputs: The sources' values, each (B, \*in).
         params: Parameters of its own, by name in the network.
+        is_sized: Whether it may hold the number of data, so that it does not serve fewer of them.
     """
 
     function: Function
     inputs: tuple[Tensor, ...]
     params: Params
+    is_sized: bool = False
 
     @property
     def per_row(self) -> Sequence[str]:

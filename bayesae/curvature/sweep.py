@@ -82,10 +82,8 @@ def _batch(lin: Linearisation, steps: list[Step], hessian: Hessian, visitor: Vis
     n = len(steps[0].value)
     for start in range(0, n, routes.chunk):
         part = slice(start, min(start + routes.chunk, n))
-        is_all = part == slice(0, n)
         visitor.start(part)
-        some = steps if is_all else [step.take(part) for step in steps]
-        _chunk(lin, some, hessian if is_all else hessian.take(part), visitor, routes)
+        _chunk(lin, lin.take(steps, part), hessian if part == slice(0, n) else hessian.take(part), visitor, routes)
     visitor.finish()
 
 
@@ -95,7 +93,13 @@ def plan_of(lin: Linearisation, steps: Sequence[Step], hessian: Hessian, colours
     key = (tuple(steps[0].value.shape[1:]), colours, is_constant, hessian.blocks is None, hessian.axis)
     if key not in lin.plans:
         lin.plans[key] = make_plan(
-            steps, hessian, lin.layers, colours=colours, memory=lin.memory, chunk_size=lin.chunk_size
+            steps,
+            hessian,
+            lin.layers,
+            shared=lin.shared,
+            colours=colours,
+            memory=lin.memory,
+            chunk_size=lin.chunk_size,
         )
     return lin.plans[key]
 

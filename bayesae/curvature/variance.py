@@ -72,29 +72,31 @@ def output_variance(
         value = steps[-1].value
         some = None
         if directions is not None:
-            some = directions if directions.dim() == value.dim() else directions[part]
-            if some.shape[-value.dim() + 1 :] != value.shape[1:] or directions.dim() not in {
-                value.dim(),
-                value.dim() + 1,
-            }:
+            is_common = directions.dim() == value.dim()
+            lead = directions.shape[: -(value.dim() - 1)] if value.dim() > 1 else directions.shape
+            is_fitting = directions.shape[len(lead) :] == value.shape[1:]
+            if not is_fitting or not (is_common or len(lead) == 2 and lead[0] == len(x)):
                 raise ShapeError(
                     f"directions of shape (D, *O) or (N, D, *O) with O = {tuple(value.shape[1:])}",
                     f"{tuple(directions.shape)}",
                     "Give each direction the shape of the outputs.",
                 )
-            some = (some[None] if some.dim() == value.dim() else some).to(value)
+            some = (directions[None] if is_common else directions[part]).to(value)
         n_rows = value[0].numel() if some is None else some.shape[1]
         lowest = narrowest(steps, n_rows) if some is None else 0
         numbers = row_numbers(steps, lowest, n_rows, is_rotated=bool(reader.blocks))
         size = rows_at_once(lin, numbers if reader.dense is None else max(numbers, n_rows * reader.dense[0].size))
         for start in range(0, len(value), size):
             rows = slice(start, min(start + size, len(value)))
-            here = [step.take(rows) for step in steps]
+            here = lin.take(steps, rows)
             if some is None:
                 variances.append(_marginal(lin, here, reader).reshape(here[-1].value.shape))
             else:
                 variances.append(_directional(lin, here, reader, some if len(some) == 1 else some[rows]))
         outputs.append(value)
+    if not outputs:
+        empty = lin.trace(x)[-1].value
+        return empty, empty.clone() if directions is None else empty.new_zeros(0, directions.shape[-empty.dim()])
     return torch.cat(outputs), torch.cat(variances)
 
 
@@ -134,7 +136,9 @@ def _total(
 ) -> Tensor:
     """What the layers gave, and what no layer owns; rows at the outputs, None for every output."""
     value = steps[-1].value
+    blocks = reader.blocks_of_no_layer(lin, steps)
     names = list(reader.shared) if reader.dense is None else reader.dense[0].shared
+    names = [*names, *(name for block in blocks for name in block.layout.names)]
     total = value.new_zeros(())
     if names:
         if rows is None:
@@ -143,12 +147,18 @@ def _total(
         else:
             rows_here = rows
         if isinstance(visitor, _DenseRows):
-            visitor.parts.append(visitor.chosen.shared_columns(lin, steps[0].value, rows_here))
+            leaves = gradients(lin, steps[0].value, rows_here, names)
+            visitor.parts.append(visitor.chosen.pick_shared(leaves))
         else:
             pieces = []
             for some in row_chunks(lin, names, len(value), rows_here.shape[1]):
                 leaves = gradients(lin, steps[0].value, rows_here[:, some], names)
-                pieces.append(sum((leaf**2 * reader.shared[n]).flatten(2).sum(-1) for n, leaf in leaves.items()))
+                own = [(leaves[name] ** 2 * leaf).flatten(2).sum(-1) for name, leaf in reader.shared.items()]
+                for block in blocks:
+                    u, v, values = (part.to(value) for part in (block.outputs, block.inputs, block.values))
+                    turned = u.mT @ block.layout.join(leaves) @ v
+                    own.append((turned**2 * values).flatten(2).sum(-1))
+                pieces.append(sum(own[1:], own[0]))
             total = torch.cat(pieces, 1)
     total = total + visitor.variances()
     if reader.factor:
@@ -162,10 +172,11 @@ def _reader(lin: Linearisation, covariance: Covariance) -> _Reader:
     if isinstance(covariance, KroneckerCovariance):
         return _Reader(lin, {block.layout.weight: block for block in covariance.blocks}, dict(covariance.rest))
     if isinstance(covariance, DenseCovariance):
-        return _Reader(lin, {}, {}, (Selection(covariance.masks, lin), cholesky(covariance.matrix)))
+        return _Reader(
+            lin, {}, {}, (lin.selection(covariance.masks), cholesky(covariance.matrix.double(), "covariance"))
+        )
     if isinstance(covariance, LowRankCovariance):
-        factor = {name: leaf.to(lin.params[name]) for name, leaf in covariance.factor.items() if name in lin.params}
-        return _Reader(lin, {}, covariance.diagonal, factor=factor, sign=covariance.sign)
+        return _Reader(lin, {}, covariance.diagonal, factor=covariance.factor, sign=covariance.sign)
     return _Reader(lin, {}, covariance.variances)
 
 
@@ -198,7 +209,8 @@ class _Reader:
         unknown = [name for name in names if name not in lin.params]
         if unknown:
             raise ParameterError(f"some of {sorted(lin.params)}", f"{sorted(unknown)}", "See named_parameters().")
-        self.blocks, self.dense, self.factor, self.sign = blocks, dense, factor, sign
+        self.blocks, self.dense, self.sign, self.shared_names = blocks, dense, sign, lin.shared
+        self.factor = {name: leaf.to(lin.params[name]) for name, leaf in (factor or {}).items()}
         self.variances = {
             name: leaf.to(lin.params[name]) for name, leaf in variances.items() if bool((leaf != 0).any())
         }
@@ -212,7 +224,18 @@ class _Reader:
         return any(n in self.variances and n not in self.shared for n in step.names) or self._block(step) is not None
 
     def _block(self, step: Step) -> RotatedBlock | None:
-        return self.blocks.get(step.layout.weight) if isinstance(step, MatrixStep) else None
+        if not isinstance(step, MatrixStep) or self.shared_names.intersection(step.names):
+            return None
+        return self.blocks.get(step.layout.weight)
+
+    def blocks_of_no_layer(self, lin: Linearisation, steps: list[Step]) -> list[RotatedBlock]:
+        """Blocks whose weights no step owns as a matrix: layers of other kinds, or used more than once."""
+        owned = {
+            step.layout.weight
+            for step in steps
+            if isinstance(step, MatrixStep) and not lin.shared.intersection(step.names)
+        }
+        return [block for name, block in self.blocks.items() if name not in owned]
 
     def basis(self, step: MatrixStep) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Bases of outputs and inputs, None for the weights' own, and variances (g, C, J)."""

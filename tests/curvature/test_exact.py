@@ -204,7 +204,7 @@ class TestOutputVariance:
         assert_close(got, (dense**2 @ flat + sign * ((dense @ rows.T) ** 2).sum(-1)).clamp(min=0), **EXACT)
 
 
-def test_weights_of_the_encoder_alone_need_no_row_an_output(monkeypatch):
+def test_weights_of_the_encoder_alone():
     network, x, jacobian, _ = zoo.build("mlp")
     variances = {k: torch.rand_like(j[0, 0]) for k, j in jacobian.items() if k.startswith("0.")}
     got = curvature.output_variance(Linearisation(network), x, DiagonalCovariance(variances))[1]
