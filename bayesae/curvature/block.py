@@ -60,7 +60,7 @@ def ggn_block(
         hessian = read_hessian(output_hessian(outputs), outputs, None if mask is None else mask[part])
         n_rows = hessian.n_outputs if hessian.diagonal is None or hessian.diagonal.dim() else steps[-2].width
         widest = max((step.width for step in steps[1:-1] if step.width < n_rows), default=1)
-        size = rows_at_once(lin, n_rows * widest)
+        size = rows_at_once(lin, 2 * n_rows * widest)  # the rows, and columns of chosen weights beside them
         for start in range(0, len(outputs), size):
             some = slice(start, min(start + size, len(outputs)))
             _add_block(lin, lin.take(steps, some), hessian.take(some), chosen, total)

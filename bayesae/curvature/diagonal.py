@@ -82,6 +82,7 @@ class DiagonalVisitor:
         self.part = slice(None)
         # squared norms of the columns at Linear layers, whose products over data are done once a batch
         self.norms: dict[int, Tensor] = {}
+        self.constants: dict[int, Tensor] = {}
 
     def start(self, part: slice) -> None:
         """The next chunk."""
@@ -93,6 +94,10 @@ class DiagonalVisitor:
             step = self.steps[index]
             assert isinstance(step, LinearStep)
             self._add(step.sums_of_norms(norms))
+        for index, norms in self.constants.items():
+            step = self.steps[index]
+            assert isinstance(step, LinearStep)
+            self._add(step.sums_of_constant_norms(norms))
 
     def _add(self, sums: Params) -> None:
         for name, value in sums.items():
@@ -107,14 +112,17 @@ class DiagonalVisitor:
 
     def form(self, index: int, step: LinearStep, form: QuadraticForm) -> None:
         """Only the diagonal of M is read."""
-        self._add_norms(index, step, form.diagonal())
+        if form.is_shared:
+            self.constants[index] = form.diagonal()[0]  # of the network, not of its data: the same in every chunk
+        else:
+            self._add_norms(index, step, form.diagonal())
 
     def rows(self, index: int, step: Step, rows: Tensor) -> None:
         """Squared gradients."""
         if isinstance(step, LinearStep) and step.inputs.dim() == 2:
             self._add_norms(index, step, (rows * rows).sum(1))
         else:
-            self._add(step.power_sums(rows)[0])
+            self._add(step.power_sums(rows))
 
     def coloured(self, index: int, step: Step, rows: Tensor, field: Field) -> None:
         """Of a Linear layer the same norms; of a convolution a band of products."""

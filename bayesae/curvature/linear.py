@@ -83,16 +83,15 @@ class MatrixStep(Step):
     def _bias_gradients(self, rows: Tensor) -> Tensor:
         return self.by_channel(rows).sum(-1)
 
-    def power_sums(self, rows: Tensor, powers: Sequence[int] = (2,)) -> list[Params]:
+    def power_sums(self, rows: Tensor, power: int = 2) -> Params:
         """Sums before parameters get their own shapes, so that little is copied."""
         square = self.weight_gradients(rows).square_()
-        sums = [(square if power == 2 else square.square()).sum((0, 1)) for power in powers]
-        results = [replace(self.layout, bias=None).split(value) for value in sums]
+        value = (square if power == 2 else square.square_()).sum((0, 1))
+        result = replace(self.layout, bias=None).split(value)
         if self.layout.bias is not None:
             bias = self._bias_gradients(rows).expand(len(self.value), -1, -1, -1)
-            for result, power in zip(results, powers, strict=True):
-                result[self.layout.bias] = (bias**power).sum((0, 1)).flatten()
-        return results
+            result[self.layout.bias] = (bias**power).sum((0, 1)).flatten()
+        return result
 
     def gradient_sums(self, rows: Tensor) -> Params:
         """Summed over data within one product."""
@@ -127,20 +126,26 @@ class LinearStep(MatrixStep):
         assert tangent is not None
         return tangent @ self.weight.mT
 
-    def power_sums(self, rows: Tensor, powers: Sequence[int] = (2,)) -> list[Params]:
-        """One product over data a power where the layer is applied once a row: sum_b |rows_bi|^2 a_bj^2."""
+    def power_sums(self, rows: Tensor, power: int = 2) -> Params:
+        """One product over data where the layer is applied once a row: sum_b |rows_bi|^2 a_bj^2."""
         if self.inputs.dim() > 2:
-            return super().power_sums(rows, powers)
+            return super().power_sums(rows, power)
         rows = rows.expand(len(self.inputs), -1, -1)
-        rows, inputs, results = rows * rows, self.inputs * self.inputs, []
-        for power in powers:
-            r, a = (rows, inputs) if power == 2 else (rows * rows, inputs * inputs)
-            results.append(self._product(r[:, 0] if r.shape[1] == 1 else r.sum(1), a))
-        return results
+        rows, inputs = rows * rows, self.inputs * self.inputs
+        if power == 4:
+            rows, inputs = rows * rows, inputs * inputs
+        return self._product(rows[:, 0] if rows.shape[1] == 1 else rows.sum(1), inputs)
 
     def sums_of_norms(self, norms: Tensor) -> Params:
         """The same from squared column norms (B or 1, out)."""
         return self._product(norms.expand(len(self.inputs), -1), self.inputs**2)
+
+    def sums_of_constant_norms(self, norms: Tensor) -> Params:
+        """The same where all data have one and the same, (out,)."""
+        result = {self.layout.weight: torch.outer(norms, (self.inputs**2).sum(0))}
+        if self.layout.bias is not None:
+            result[self.layout.bias] = norms * len(self.inputs)
+        return result
 
     def _product(self, rows: Tensor, inputs: Tensor) -> Params:
         result = {self.layout.weight: rows.mT @ inputs}

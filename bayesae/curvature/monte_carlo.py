@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,23 @@ from bayesae.types import Params
 __all__ = ["MonteCarloDiagonal", "approximate_diagonal", "monte_carlo_diagonal"]
 
 
-@dataclass(frozen=True)
 class MonteCarloDiagonal:
     """An unbiased estimate and how far off it may be.
 
     Args:
         mean: In the shape of every parameter.
-        standard_error: Of every entry, the same shapes.
+        fourths: Sums of fourth powers of the projected gradients, as a function: a product over data more, and so left
+            undone until somebody reads the error.
+        n_probes: A datum.
     """
 
-    mean: Params
-    standard_error: Params
+    def __init__(self, mean: Params, fourths: Callable[[], Params], n_probes: int) -> None:
+        self.mean, self._fourths, self._n_probes = mean, fourths, n_probes
+
+    @cached_property
+    def standard_error(self) -> Params:
+        """Of every entry, in the shapes of the parameters; computed when it is read."""
+        return {name: (leaf * (2 / 3)).sqrt() / self._n_probes for name, leaf in self._fourths().items()}
 
 
 @torch.no_grad()
@@ -60,7 +67,7 @@ def monte_carlo_diagonal(
 
     Exact when: in expectation; the squared standard error too where J^T u is Normal, as it is nearly with hundreds of
         outputs; with few outputs it is too large, never too small on average.
-    Cost: one forward and backward pass for n = 1.
+    Cost: one forward and backward pass for n = 1; the error, when it is read, one product over data more.
 
     References:
         | Practical Gauss-Newton Optimisation for Deep Learning (Botev, Ritter, Barber, 2017)
@@ -68,32 +75,47 @@ def monte_carlo_diagonal(
     """
     squares: Params = {}
     fourths: Params = {}
-
-    def add(name: str, square: Tensor, fourth: Tensor) -> None:
-        squares[name] = squares[name].add_(square) if name in squares else square
-        fourths[name] = fourths[name].add_(fourth) if name in fourths else fourth
-
+    undone: Callable[[int], Params] | None = None
     for part, steps in lin.batches(x):
+        if undone is not None:  # only the last piece is kept
+            _add(fourths, undone(4))
         outputs = steps[-1].value
         hessian = read_hessian(output_hessian(outputs), outputs, None if mask is None else mask[part])
-        probes = hessian.draw(n_probes, generator)
+        undone = _projected(lin, steps, hessian.draw(n_probes, generator))
+        _add(squares, undone(2))
 
-        def visit(i: int, rows: Tensor, steps: list[Step] = steps) -> None:
-            square, fourth = steps[i].power_sums(rows, (2, 4))
-            for name in square:
-                if name not in lin.shared:
-                    add(name, square[name], fourth[name])
+    @torch.no_grad()
+    def all_fourths() -> Params:
+        total = dict(fourths)
+        if undone is not None:
+            _add(total, undone(4))
+        return {name: total[name] if name in total else torch.zeros_like(leaf) for name, leaf in lin.params.items()}
 
-        pull(steps, probes, len(steps) - 1, visit)
+    mean = {name: squares[name] if name in squares else torch.zeros_like(leaf) for name, leaf in lin.params.items()}
+    mean = mean if n_probes == 1 else {name: leaf / n_probes for name, leaf in mean.items()}
+    return MonteCarloDiagonal(mean, all_fourths, n_probes)
+
+
+def _add(total: Params, new: Params) -> None:
+    for name, leaf in new.items():
+        total[name] = total[name] + leaf if name in total else leaf
+
+
+def _projected(lin: Linearisation, steps: list[Step], probes: Tensor) -> Callable[[int], Params]:
+    """Sums over data and probes of a power of (J^T u), as a function of the power."""
+    seen: list[tuple[Step, Tensor]] = []
+    pull(steps, probes, len(steps) - 1, lambda i, rows: seen.append((steps[i], rows)))
+
+    def sums(power: int) -> Params:
+        total: Params = {}
+        for step, rows in seen:
+            _add(total, {k: v for k, v in step.power_sums(rows, power).items() if k not in lin.shared})
         if lin.shared:
-            for name, leaf in gradients(lin, steps[0].value, probes, sorted(lin.shared)).items():
-                add(name, (leaf**2).sum((0, 1)), (leaf**4).sum((0, 1)))
-    for name, leaf in lin.params.items():
-        if name not in squares:
-            add(name, torch.zeros_like(leaf), torch.zeros_like(leaf))
-    mean = {name: squares[name] / n_probes if n_probes > 1 else squares[name] for name in lin.params}
-    error = {name: fourths[name].mul_(2 / 3 / n_probes**2).sqrt_() for name in lin.params}
-    return MonteCarloDiagonal(mean, error)
+            leaves = gradients(lin, steps[0].value, probes, sorted(lin.shared))
+            _add(total, {name: (leaf**power).sum((0, 1)) for name, leaf in leaves.items()})
+        return total
+
+    return sums
 
 
 @torch.no_grad()

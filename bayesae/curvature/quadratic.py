@@ -151,6 +151,12 @@ class QuadraticForm:
         return self.width if self.factor is None else self.factor.shape[-2]
 
     @property
+    def is_shared(self) -> bool:
+        """Whether M is the same for all data."""
+        is_fixed = self.factor is None or isinstance(self.factor, Tensor) and self.factor.dim() == 2
+        return is_fixed and self.core.dim() == 0 and self.slope is None
+
+    @property
     def rows_before_slope(self) -> Tensor | None:
         """S multiplied out."""
         return self.factor.full() if isinstance(self.factor, SharedProduct) else self.factor

@@ -81,18 +81,9 @@ class Step:
         r"""The same summed over data, {name: (R, \*shape)}."""
         return {name: leaf.sum(0) for name, leaf in self.gradients(rows).items()}
 
-    def power_sums(self, rows: Tensor, powers: Sequence[int] = (2,)) -> list[Params]:
-        """Sums over data and rows of even powers of the gradients, in the parameters' shapes.
-
-        Args:
-            rows: As for `gradients`.
-            powers: 2, or 2 and 4.
-
-        Returns:
-            One set of parameters a power.
-        """
-        gradients = self.gradients(rows)
-        return [{name: (leaf**power).sum((0, 1)) for name, leaf in gradients.items()} for power in powers]
+    def power_sums(self, rows: Tensor, power: int = 2) -> Params:
+        """Sums over data and rows of a power of the gradients, 2 or 4, in the parameters' shapes."""
+        return {name: (leaf**power).sum((0, 1)) for name, leaf in self.gradients(rows).items()}
 
     def take(self, rows: slice) -> Step:
         """The same step for some of the data."""
