@@ -3,7 +3,8 @@
 ``python -m bayesae.report README.md`` rewrites each block between ``<!-- table: FILE.json metrics=["a", "b"] -->`` and
 ``<!-- /table -->`` from the records in FILE.json (relative to the page), so that a number in a page always comes from
 a run. The options are those of `table`, as JSON. A file of comparisons, ``{"environment": ..., "records": [{...}]}`` as
-the benchmarks write it, gives one line a record with the fields ``columns=["question", "peer", ...]``.
+the benchmarks write it, gives one line a record with the fields ``columns=["question", "peer", ...]``, of the records
+that have a value in the field ``having="ratio"``.
 """
 
 from __future__ import annotations
@@ -207,14 +208,14 @@ def table(
     return _markdown([*down, *across], body)
 
 
-def _comparisons(records: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+def _comparisons(records: Sequence[dict[str, Any]], columns: Sequence[str], having: str) -> str:
     """One line a record; numbers to three digits, nothing where there is none."""
     known = {field for record in records for field in record}
-    missing = [field for field in columns if field not in known]
+    missing = [field for field in (*columns, having) if field not in known]
     if missing:
         raise DataError(f"fields among {sorted(known)}", f"{missing}", "Check the spelling.")
     body = []
-    for record in records:
+    for record in (one for one in records if one.get(having) is not None):
         values = [record.get(field) for field in columns]
         body.append(["" if v is None else _short(v) if isinstance(v, float) else str(v) for v in values])
     return _markdown(list(columns), body)

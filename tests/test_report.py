@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -64,6 +65,21 @@ def test_pages_are_rewritten_from_records(records, tmp_path):
     assert "2.000 ± 1.414" in page.read_text() and "stale" not in page.read_text()
     assert page.read_text().startswith("before\n<!-- table: r.json") and page.read_text().endswith("after\n")
     assert "unchanged" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_comparisons_are_tables_too(tmp_path):
+    rows = [
+        {"question": "q", "peer": "p", "ratio": 1234.5, "plan": None},
+        {"question": "q", "peer": "none", "ratio": None, "plan": None},
+    ]
+    (tmp_path / "c.json").write_text(json.dumps({"environment": {}, "records": rows}))
+    page = tmp_path / "page.md"
+    page.write_text('<!-- table: c.json columns=["peer","ratio","plan"] having="ratio" -->\n<!-- /table -->\n')
+    report.update_page(page)
+    assert "| p    | 1,234 |      |" in page.read_text() and "none" not in page.read_text()
+    page.write_text(page.read_text().replace('"plan"', '"plans"'))
+    with pytest.raises(bae.errors.DataError, match="plans"):
+        report.update_page(page)
 
 
 def test_flags():
