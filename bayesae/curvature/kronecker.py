@@ -264,6 +264,10 @@ class _RotatedVisitor(_MatrixVisitor):
     def matrix_rows(self, index: int, step: MatrixStep, rows: Tensor) -> None:
         block = self.bases[step.name]
         outputs, inputs = block.outputs.to(step.value), block.inputs.to(step.value)
+        if isinstance(step, LinearStep) and step.inputs.dim() == 2:
+            # applied once a row, the gradient is a product, and its two sides turn apart
+            self._add_norms(index, step, (rows @ outputs[0]).square_().sum(1))
+            return
         turned = outputs.mT @ step.matrix_gradients(rows) @ inputs
         self._sum(step, (turned**2).sum((0, 1)))
 

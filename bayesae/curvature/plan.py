@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -266,7 +267,7 @@ def _with_cut(
     slopes = [i for i in range(cut, end + 1) if isinstance(steps[i], (SlopeStep, OpaqueStep)) or not is_constant]
     last = max(slopes, default=cut)
     widest = {i: max((step.width for step in steps[i : last + 1]), default=1) for i in [cut, *above]}
-    routes, chosen, lines, rows_from = {}, {}, [], None
+    routes, chosen, lines, rows_from, is_cheaper_than_use = {}, {}, [], None, {}
     for i in reversed(above):
         step, field = steps[i], fields[i]
         n_colour = None
@@ -295,6 +296,8 @@ def _with_cut(
         if colours != "none" and isinstance(step, AffineStep):
             options["columns"] = (n_own, n_own * (path[i] + 8.0 * step.width))
         route = min(options, key=lambda name: options[name][1])
+        # once the rows come by for a layer below, only what is done with them counts
+        is_cheaper_than_use[i] = options.get("colours", (0, math.inf))[1] < _contribution(step, n_outputs)
         routes[i] = route
         if route == "colours":
             assert field is not None
@@ -304,8 +307,9 @@ def _with_cut(
         n_rows, cost = options[route]
         lines.append(Line(step.name, route, n_rows, cost, n_rows * widest[i]))
     if rows_from is not None:
-        # true rows pass every layer above the lowest that needs them anyway
-        routes = {i: "rows" if i >= rows_from and routes[i] != "columns" else route for i, route in routes.items()}
+        for i, route in routes.items():
+            if i >= rows_from and route != "columns" and not is_cheaper_than_use[i]:
+                routes[i] = "rows"
         chosen = {i: field for i, field in chosen.items() if routes[i] == "colours"}
     n_columns = steps[cut].width
     lines.append(
