@@ -16,9 +16,9 @@ from bayesae.types import Batch
 
 __all__ = ["Data", "as_rows", "batches", "check_counts", "count_rows"]
 
-Data: TypeAlias = Tensor | np.ndarray | Dataset | DataLoader
-"""x alone, (N, \\*data): a tensor, an array, a data set, or a loader. Of (x, ...) tuples the first part is read; a
-loader whose collation gives `Batch` is taken at its word, masks and targets included."""
+Data: TypeAlias = Tensor | np.ndarray | Batch | Dataset | DataLoader
+"""x alone, (N, \\*data): a tensor, an array, a data set, or a loader. Of (x, ...) tuples the first part is read. A
+`Batch` of all rows, or a loader whose collation gives `Batch`, brings masks, contexts and targets along."""
 
 
 def check_counts(**counts: int) -> None:
@@ -84,7 +84,14 @@ def _checked(batch: Batch, like: Tensor) -> Batch:
             target = torch.where(mask.reshape(target.shape), target, 0)
         named["target"] = target
     check_finite(named, "data", "Remove those rows, fill those entries in, or mask them.")
-    context = None if batch.context is None else as_tensor(batch.context).to(like.device)
+    context = batch.context
+    if context is not None:
+        context = as_tensor(context).to(device=like.device, dtype=like.dtype)
+        context = context[:, None] if context.dim() == 1 else context.flatten(1)
+        check_finite({"context": context}, "context", "Fill those entries in.")
+    for name, value in (("context", context), ("target", target)):
+        if value is not None and len(value) != len(x):
+            raise ShapeError(f"a {name} of {len(x)} rows", f"{len(value)}", "One for every row of x.")
     return Batch(x, mask, context, target, batch.index)
 
 
@@ -114,7 +121,7 @@ def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
         x = torch.stack([as_tensor(_first(data[i])) for i in range(count_rows(data))])
         rows = Batch(x)
     else:
-        rows = Batch(as_tensor(data))
+        rows = data if isinstance(data, Batch) else Batch(as_tensor(data))
     if mask is not None:
         rows = rows._replace(mask=mask)
     rows = _checked(rows, like)
@@ -142,7 +149,7 @@ def count_rows(data: Data, n_data: int | None = None) -> int:
     if n_data is not None:
         check_counts(n_data=n_data)
         return n_data
-    rows: Any = _sampler(data) if isinstance(data, DataLoader) else data
+    rows: Any = _sampler(data) if isinstance(data, DataLoader) else data.x if isinstance(data, Batch) else data
     try:
         n = len(rows)
     except TypeError as error:  # a stream, or batches that somebody else cuts
@@ -182,13 +189,16 @@ def batches(data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool) -> 
         return
     n_data = count_rows(data)
     order = torch.randperm(n_data) if is_shuffled else torch.arange(n_data)
-    whole = data if isinstance(data, Dataset) else as_tensor(data)
+    if isinstance(data, Dataset):
+        for index in order.split(batch_size):
+            rows = torch.stack([as_tensor(_first(data[i])) for i in index.tolist()])
+            yield _checked(Batch(rows, index=index), like)
+        return
+    given = data if isinstance(data, Batch) else Batch(as_tensor(data))
+    fields = {name: as_tensor(value) for name, value in given._asdict().items() if value is not None}
     for index in order.split(batch_size):
-        if isinstance(whole, Tensor):
-            rows = whole[index.to(whole.device)]
-        else:
-            rows = torch.stack([as_tensor(_first(whole[i])) for i in index.tolist()])
-        yield _checked(Batch(rows, index=index), like)
+        some = {name: value[index.to(value.device)] for name, value in fields.items()}
+        yield _checked(Batch(**{"index": index, **some}), like)
 
 
 def _first(item: object) -> object:

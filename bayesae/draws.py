@@ -150,9 +150,9 @@ class Moments:
         Returns:
             Of N(mean, total) for a Gaussian likelihood, of Bernoulli(mean) for a Bernoulli one.
         """
-        return self.likelihood.log_predictive(
-            self.mean, self.total, torch.as_tensor(x).to(self.mean).reshape(self.mean.shape)
-        )
+        rows = torch.as_tensor(x).to(self.mean)
+        shape = self.mean.shape if rows.numel() == self.mean.numel() else self.mean.shape[:-1]
+        return self.likelihood.log_predictive(self.mean, self.total, rows.reshape(shape))
 
 
 Record = TypeVar("Record", Draws, Moments)

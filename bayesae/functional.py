@@ -150,7 +150,15 @@ def check_finite(named: Mapping[str, Tensor], what: str, fix: str) -> None:
             raise NonFiniteError(f"finite {what}", f"{bad} NaN or infinite values in {name!r}", fix)
 
 
-def map_over_draws(module: nn.Module, params: Params, x: Tensor, x_has_draws: bool, use_vmap: bool) -> Tensor:
+def map_over_draws(
+    module: nn.Module,
+    params: Params,
+    x: Tensor,
+    x_has_draws: bool,
+    use_vmap: bool,
+    *,
+    shared: tuple[Tensor, ...] = (),
+) -> Tensor:
     r"""Evaluate ``module`` at every weight draw.
 
     Args:
@@ -159,13 +167,14 @@ def map_over_draws(module: nn.Module, params: Params, x: Tensor, x_has_draws: bo
         x: (B, \*in), or (S, B, \*in) if ``x_has_draws``.
         x_has_draws: Whether draw s sees its own ``x[s]``.
         use_vmap: One batched call by ``torch.func.vmap``, else a loop over draws; equal to rounding.
+        shared: Further arguments, (B, ...), the same for all draws.
 
     Returns:
         (S, B, \*out).
     """
 
     def call(one: Params, rows: Tensor) -> Tensor:
-        return torch.func.functional_call(module, one, (rows,))
+        return torch.func.functional_call(module, one, (rows, *shared))
 
     n = n_draws(params)
     if use_vmap and n > 1:

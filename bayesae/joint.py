@@ -41,6 +41,10 @@ class IsotropicNormal:
         return 0.5 * (n * math.log(self.precision / (2 * math.pi)) - self.precision * squares)
 
 
+def _x_of(batch: Batch) -> Tensor:
+    return batch.x
+
+
 @dataclass(frozen=True)
 class LogJoint:
     r"""log p(D, theta) as every weight method sees it.
@@ -55,6 +59,7 @@ class LogJoint:
         n_data: N, rows in the whole data set.
         temperature: T; the joint's estimate is divided by it. 1 is Bayes; below 1 is a colder posterior.
         is_deterministic: Whether ``per_example`` gives the same value twice; Metropolis steps and evidence need it.
+        inputs: What ``network`` takes for a batch; its x by default.
 
     Raises:
         DataError: If the temperature is not positive, or there is no row.
@@ -67,6 +72,7 @@ class LogJoint:
     n_data: int
     temperature: float = 1.0
     is_deterministic: bool = True
+    inputs: Callable[[Batch], Tensor] = _x_of
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf or self.n_data < 1:

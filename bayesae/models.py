@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from typing import Literal
 from weakref import WeakSet
@@ -10,9 +11,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from bayesae.errors import BayesAEError, ShapeError, UnsupportedError
+from bayesae.errors import BayesAEError, DataError, ShapeError, UnsupportedError
 from bayesae.functional import check_complete, check_is_evaluable, dtype_of, map_over_draws
-from bayesae.types import Likelihood, Params
+from bayesae.types import Batch, Likelihood, Params
 
 __all__ = ["Autoencoder", "Bound", "wrap"]
 
@@ -33,6 +34,10 @@ class Autoencoder(nn.Module):
         decoder: Maps codes (B, Z) to outputs (B, \*O): as many numbers as a row of data has; another shape with
             the same number is fine (784 for 1 x 28 x 28).
         likelihood: Turns outputs into a distribution over data.
+        data_shape: Shape (\*data) of a row of x; needed only where a network takes a context.
+
+    A network whose attribute ``takes_context`` is True is called with a second argument, the context (B, C) of the rows
+    (``Batch.context``: labels or covariates, flattened); see `nets.Conditional`.
 
     Over weight draws the networks are mapped by ``torch.func.vmap``. One that does not allow it (it writes in place,
     is recurrent, or differentiates inside) is found out by the first call and run in a loop from then on, with equal
@@ -44,10 +49,17 @@ class Autoencoder(nn.Module):
         UnsupportedError: If encoder and decoder share parameters.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        *,
+        data_shape: tuple[int, ...] | None = None,
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.likelihood = likelihood
+        self.likelihood, self.data_shape = likelihood, None if data_shape is None else tuple(data_shape)
         dtype_of(self)
         shared = {id(p) for p in encoder.parameters()} & {id(p) for p in decoder.parameters()}
         if shared:
@@ -64,13 +76,33 @@ class Autoencoder(nn.Module):
         return next(self.parameters())
 
     @property
-    def network(self) -> nn.Sequential:
-        """The module tree x -> outputs with this model's own parameters and names, for the curvature engine."""
-        return nn.Sequential(OrderedDict(encoder=self.encoder, decoder=self.decoder))
+    def takes_context(self) -> bool:
+        """Whether the encoder or the decoder takes a context."""
+        return any(getattr(module, "takes_context", False) for module in (self.encoder, self.decoder))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def network(self) -> nn.Module:
+        """The module tree `inputs` -> outputs with this model's own parameters and names, for the curvature engine."""
+        if not self.takes_context:
+            return nn.Sequential(OrderedDict(encoder=self.encoder, decoder=self.decoder))
+        if self.data_shape is None:
+            fix = "Give Autoencoder(..., data_shape=(1, 28, 28)), say."
+            raise UnsupportedError("the shape of a row for networks that take a context", "data_shape=None", fix)
+        return _Packed(self.encoder, self.decoder, self.data_shape)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """What `network` takes for the rows of a batch: x, with its context beside it where a network takes one."""
+        if not self.takes_context:
+            return batch.x
+        (context,) = _context_of(self.encoder, "encoder", batch.context) or _context_of(
+            self.decoder, "decoder", batch.context
+        )
+        return torch.cat([batch.x.flatten(1), context.flatten(1).to(batch.x)], 1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Outputs (B, \*O) of the plain network at its own weights."""
-        return self.decoder(self.encoder(x))
+        z = self.encoder(x, *_context_of(self.encoder, "encoder", context))
+        return self.decoder(z, *_context_of(self.decoder, "decoder", context))
 
     def log_prior(self, latents: Tensor) -> Tensor:
         """Log p(z) under the standard Normal: (..., Z) to (...)."""
@@ -110,19 +142,21 @@ class Bound:
         """Log p(z), (..., Z) to (...)."""
         return self.model.log_prior(latents)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Encoder outputs, (B, \*data) to (S, B, Z).
 
         Args:
             x: A batch of data.
+            context: Labels or covariates (B, ...), for an encoder that takes them.
 
         Returns:
             Codes.
 
         Raises:
             ShapeError: If the network does not give one vector a row.
+            DataError: If the encoder takes a context and there is none.
         """
-        codes = self._map("encoder", x, x_has_draws=False)
+        codes = self._map("encoder", x, context, x_has_draws=False)
         if codes.dim() != 3 or codes.shape[1] != len(x):
             raise ShapeError(
                 f"codes of shape (B, Z) with B = {len(x)}",
@@ -131,31 +165,36 @@ class Bound:
             )
         return codes
 
-    def decode(self, z: Tensor) -> Tensor:
-        r"""Decoder outputs, (..., S, B, Z) to (..., S, B, \*O)."""
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Decoder outputs, (..., S, B, Z) to (..., S, B, \*O), for a context (B, ...) where the decoder takes one."""
         lead, (n_weight_draws, n_rows, n_latents) = z.shape[:-3], z.shape[-3:]
         flat = z.reshape(-1, n_weight_draws, n_rows, n_latents).transpose(0, 1).flatten(1, 2)
-        outputs = self._map("decoder", flat, x_has_draws=True)
+        if context is not None:  # rows of a further code draw have the same contexts
+            context = context.repeat(flat.shape[1] // n_rows, *[1] * (context.dim() - 1))
+        outputs = self._map("decoder", flat, context, x_has_draws=True)
         shape = outputs.shape[2:]
         return outputs.unflatten(1, (-1, n_rows)).transpose(0, 1).reshape(*lead, n_weight_draws, n_rows, *shape)
 
-    def _map(self, name: Literal["encoder", "decoder"], x: Tensor, *, x_has_draws: bool) -> Tensor:
+    def _map(
+        self, name: Literal["encoder", "decoder"], x: Tensor, context: Tensor | None, *, x_has_draws: bool
+    ) -> Tensor:
         module = self.model.get_submodule(name)
+        shared = _context_of(module, name, context)
         try:
             if self.params is None:
-                return module(x[0] if x_has_draws else x)[None]
+                return module(x[0] if x_has_draws else x, *shared)[None]
             start = len(name) + 1
             own = {key[start:]: leaf for key, leaf in self.params.items() if key.startswith(f"{name}.")}
             if module not in _RUN_IN_A_LOOP:
                 try:
-                    return map_over_draws(module, own, x, x_has_draws, use_vmap=True)
+                    return map_over_draws(module, own, x, x_has_draws, use_vmap=True, shared=shared)
                 except torch.OutOfMemoryError:
                     raise
                 except RuntimeError:  # not mappable, or wrong rows: the loop tells which
-                    result = map_over_draws(module, own, x, x_has_draws, use_vmap=False)
+                    result = map_over_draws(module, own, x, x_has_draws, use_vmap=False, shared=shared)
                     _RUN_IN_A_LOOP.add(module)
                     return result
-            return map_over_draws(module, own, x, x_has_draws, use_vmap=False)
+            return map_over_draws(module, own, x, x_has_draws, use_vmap=False, shared=shared)
         except (RuntimeError, IndexError) as error:
             if isinstance(error, (BayesAEError, torch.OutOfMemoryError)) or not any(w in str(error) for w in _MISFIT):
                 raise
@@ -166,16 +205,44 @@ class Bound:
             ) from error
 
 
-def wrap(encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood) -> Autoencoder:
+def _context_of(module: nn.Module, name: str, context: Tensor | None) -> tuple[Tensor, ...]:
+    """What a network is called with beside its input: the context if it says that it takes one."""
+    if not getattr(module, "takes_context", False):
+        return ()
+    if context is None:
+        fix = "Give rows as bae.Batch(x, context=labels), or a loader of such batches."
+        raise DataError(f"a context for the {name}", "rows without one", fix)
+    return (context,)
+
+
+class _Packed(nn.Module):
+    """Networks that take a context as a function of one tensor: x and its context, flat, side by side."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, data_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.data_shape = encoder, decoder, data_shape
+        self.takes_context = [getattr(module, "takes_context", False) for module in (encoder, decoder)]
+
+    def forward(self, packed: Tensor) -> Tensor:
+        size = math.prod(self.data_shape)
+        x, context = packed[:, :size].unflatten(1, self.data_shape), packed[:, size:]
+        z = self.encoder(x, context) if self.takes_context[0] else self.encoder(x)
+        return self.decoder(z, context) if self.takes_context[1] else self.decoder(z)
+
+
+def wrap(
+    encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, *, data_shape: tuple[int, ...] | None = None
+) -> Autoencoder:
     r"""An `Autoencoder` of copies of networks trained elsewhere, in evaluation mode; the originals stay untouched.
 
     Args:
         encoder: Maps (B, \*data) to (B, Z).
         decoder: Maps (B, Z) to (B, \*O).
         likelihood: As for `Autoencoder`. For ``Gaussian()`` call `estimate_noise` next: nobody has fitted it.
+        data_shape: As for `Autoencoder`.
 
     Returns:
         The autoencoder.
     """
     parts = copy.deepcopy((encoder, decoder, likelihood))
-    return Autoencoder(*parts).eval()
+    return Autoencoder(*parts, data_shape=data_shape).eval()

@@ -160,13 +160,16 @@ class Predictive:
         size = _chunk(chunk_size)
         rows = self._rows(x, mask, seed)
         has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
+        moments = None
         if has_closed_form and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
             moments = self._closed_form(rows, chunk_size)
-        else:
+        if moments is None:
             with random.scope(seed, rows.x.device):
                 moments = self._streamed(rows, n_weight_draws, n_latent_draws, size)
         shaped = {name: getattr(moments, name) for name in ("mean", "noise", "code", "weights", "standard_error")}
-        shaped = {name: v if v is None else v.reshape(rows.explained.shape) for name, v in shaped.items()}
+        # classes without an order have an axis of classes more than the data
+        extra = () if moments.mean.numel() == rows.explained.numel() else moments.mean.shape[-1:]
+        shaped = {name: v if v is None else v.reshape(*rows.explained.shape, *extra) for name, v in shaped.items()}
         finite = {name: v for name, v in shaped.items() if v is not None and name != "standard_error"}
         check_finite(finite, "moments", "Are the inputs far outside the training range?")
         return replace(moments, **shaped)
@@ -247,12 +250,17 @@ class Predictive:
         log_prior = self.model.log_prior(latents)
         return Draws(latents, log_likelihood, log_prior, None, self.model.likelihood, outputs=outputs)
 
-    def _closed_form(self, rows: Batch, chunk_size: int | None) -> Moments:
+    def _closed_form(self, rows: Batch, chunk_size: int | None) -> Moments | None:
+        """Moments without a draw; None where the likelihood needs more than the outputs' variances."""
         assert isinstance(self.weights, _HasOutputVariance)
-        outputs, variance = self.weights.output_variance(self.model.network, rows.x, chunk_size)
-        _check_size(outputs[0].numel(), rows.explained)
-        mean, noise, weights = self.model.likelihood.normal_moments(outputs, variance)
-        return Moments(mean, noise, torch.zeros_like(mean), weights, self.model.likelihood)
+        likelihood = self.model.likelihood
+        outputs, variance = self.weights.output_variance(self.model.network, self.model.inputs(rows), chunk_size)
+        _check_size(likelihood, outputs.shape[1:], rows.explained)
+        moments = likelihood.normal_moments(outputs, variance)
+        if moments is None:
+            return None
+        mean, noise, weights = moments
+        return Moments(mean, noise, torch.zeros_like(mean), weights, likelihood)
 
     def _streamed(self, rows: Batch, n_weight_draws: int | None, n_latent_draws: int, chunk_size: int) -> Moments:
         """Moments over draws: one running mean and variance for every chunk of rows."""
@@ -321,10 +329,11 @@ def _chunk(chunk_size: int | None) -> int:
     return _ROWS_AT_ONCE if chunk_size is None else chunk_size
 
 
-def _check_size(n_outputs: int, rows: Tensor) -> None:
-    if n_outputs != math.prod(rows.shape[1:]):
+def _check_size(likelihood: Likelihood, output_shape: torch.Size, rows: Tensor) -> None:
+    shape = likelihood.data_shape(output_shape)
+    if math.prod(shape) != math.prod(rows.shape[1:]):
         raise ShapeError(
-            f"{math.prod(rows.shape[1:])} outputs for rows of shape {tuple(rows.shape[1:])}",
-            f"{n_outputs}",
-            "Give the decoder as many outputs as a row has numbers.",
+            f"outputs for rows of shape {tuple(rows.shape[1:])}",
+            f"outputs of shape {tuple(output_shape)}, which explain {tuple(shape)}",
+            "Give the decoder as many outputs as a row has numbers (times the likelihood's parameters a number).",
         )

@@ -15,11 +15,24 @@ R     rows of a factor, so that a curvature reads ``factor.T @ factor``
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Likelihood", "Params", "WeightPosterior", "WeightPrior"]
+__all__ = [
+    "Batch",
+    "BlockHessian",
+    "HessianFunction",
+    "Likelihood",
+    "LowRankHessian",
+    "OutputHessian",
+    "Params",
+    "WeightPosterior",
+    "WeightPrior",
+]
 
 Params = dict[str, Tensor]
 """Parameters by name, as in ``named_parameters``; draws of them have leaves ``(S, *shape)``."""
@@ -48,36 +61,91 @@ class Batch(NamedTuple):
         return self.x if self.target is None else self.target
 
 
+@dataclass(frozen=True)
+class BlockHessian:
+    r"""Groups of outputs that curve together: logits of a category, or a mean and its scale.
+
+    Args:
+        values: (B, \*rest, g, g), positive semi-definite; ``rest`` are the other axes of the outputs, in order.
+        axis: The axis of the group among the outputs (B, \*O), of size g; 1 is the first after the batch.
+    """
+
+    values: Tensor
+    axis: int = 1
+
+
+@dataclass(frozen=True)
+class LowRankHessian:
+    r""":math:`F^\top F`, plus a diagonal.
+
+    Args:
+        factor: F, (B, R, \*O).
+        diagonal: (), (B, \*O), or None for 0.
+    """
+
+    factor: Tensor
+    diagonal: Tensor | None = None
+
+
+OutputHessian = Tensor | BlockHessian | LowRankHessian
+HessianFunction = Callable[[Tensor], OutputHessian]
+
+
 @runtime_checkable
 class Likelihood(Protocol):
-    """p(target | outputs): from the network's outputs (natural parameters) to data space."""
+    r"""p(target | outputs): from the network's outputs (natural parameters) to data space.
+
+    Outputs are (..., B, \*O), data (B, \*D). A likelihood with one parameter a number has O = D; one with g parameters
+    a number has a trailing axis, O = (\*D, g).
+    """
+
+    @property
+    def is_fisher(self) -> bool:
+        """Whether `output_hessian` is the Fisher information, because the Hessian is not positive semi-definite."""
+        ...
 
     def check(self, target: Tensor) -> None:
-        r"""Raise if ``target`` (B, \*O) cannot have come from this likelihood."""
+        r"""Raise if ``target`` (B, \*D) cannot have come from this likelihood."""
+        ...
+
+    def data_shape(self, output_shape: torch.Size) -> torch.Size:
+        r"""Shape (\*D) of a row of data that outputs of shape (\*O) explain; raises `ShapeError` if there is none."""
+        ...
+
+    def output_mask(self, mask: Tensor) -> Tensor:
+        r"""Which outputs count, as many numbers as (B, \*O), where ``mask`` (B, \*D) is True where data count."""
+        ...
+
+    def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
+        r"""The law of the data, independent over numbers: batch shape (..., B, \*D)."""
         ...
 
     def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        r"""Log-density (..., B) of ``target`` (B, \*O) under ``outputs`` (..., B, \*O), in nats."""
+        r"""Log-density (..., B) of ``target`` (B, \*D) under ``outputs`` (..., B, \*O), nats, summed over numbers."""
         ...
 
     def mean(self, outputs: Tensor) -> Tensor:
-        r"""Mean in data space, (..., B, \*O)."""
+        r"""Mean in data space, (..., B, \*D); (..., B, \*D, C) where data are classes without an order."""
         ...
 
     def variance(self, outputs: Tensor) -> Tensor:
-        r"""Noise variance in data space, broadcastable to (..., B, \*O)."""
+        """Noise variance in data space, of the shape of `mean`."""
         ...
 
-    def output_hessian(self, outputs: Tensor) -> Tensor:
-        r"""Diagonal of the Hessian of -log p in the outputs: () if constant, else (B, \*O)."""
+    def output_hessian(self, outputs: Tensor) -> OutputHessian:
+        r"""Hessian (or Fisher information) of -log p in the outputs (B, \*O): () if a constant times the identity."""
         ...
 
-    def normal_moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Data-space mean, expected noise variance and variance of the mean if outputs ~ N(mean, var)."""
+    def normal_moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        r"""Data-space mean, expected noise variance and variance of the mean if outputs ~ N(mean, diag(var)).
+
+        Both arguments are (..., B, \*O). None where marginal variances of the outputs do not settle it: the moments
+        then come from draws.
+        """
         ...
 
     def log_predictive(self, mean: Tensor, var: Tensor, target: Tensor) -> Tensor:
-        r"""Pixel-wise log-density (B, \*O) of ``target`` under a predictive with these data-space moments."""
+        r"""Log-density (B, \*D) of every number of ``target`` under a predictive with these data-space moments."""
         ...
 
 

@@ -59,7 +59,7 @@ class TestEvery:
 
 
 def test_logistic_is_this_sum_of_normal_distribution_functions():
-    from bayesae.likelihoods import _PROBIT_RATES, _PROBIT_WEIGHTS
+    from bayesae.likelihoods.bernoulli import _PROBIT_RATES, _PROBIT_WEIGHTS
 
     x = torch.linspace(-40, 40, 20001, **F64)
     total = sum(w * torch.special.ndtr(r * x) for w, r in zip(_PROBIT_WEIGHTS, _PROBIT_RATES, strict=True))

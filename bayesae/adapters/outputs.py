@@ -98,7 +98,11 @@ class OutputPredictive:
             raise UnsupportedError(
                 "a likelihood of the outputs", "a classifier, of which this library has none", "Use outputs(x)."
             )
-        mean, noise, weights = self.likelihood.normal_moments(*self.outputs(x, chunk_size=chunk_size))
+        moments = self.likelihood.normal_moments(*self.outputs(x, chunk_size=chunk_size))
+        if moments is None:
+            kind = type(self.likelihood).__name__
+            raise UnsupportedError("a likelihood with moments in closed form", kind, "Use outputs(x).")
+        mean, noise, weights = moments
         return Moments(mean, noise, torch.zeros_like(mean), weights, self.likelihood)
 
     def decoder(self, n_weight_draws: int | None = None, *, seed: int | None = None) -> NoReturn:

@@ -19,12 +19,12 @@ class CodeModel(Protocol):
 
     likelihood: Likelihood
 
-    def encode(self, x: Tensor) -> Tensor:
-        r"""(B, \*data) to (S, B, Z)."""
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""(B, \*data), and (B, ...) for networks that take a context, to (S, B, Z)."""
         ...
 
-    def decode(self, z: Tensor) -> Tensor:
-        r"""(..., S, B, Z) to (..., S, B, \*O)."""
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""(..., S, B, Z), and the same context, to (..., S, B, \*O)."""
         ...
 
     def log_prior(self, latents: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def score_outputs(likelihood: Likelihood, outputs: Tensor, batch: Batch) -> Tens
     Args:
         likelihood: The head.
         outputs: (K, S, B, \*O).
-        batch: Its ``target`` (or ``x``) has as many numbers a row as ``outputs``, in any shape.
+        batch: Its ``target`` (or ``x``) has as many numbers a row as the outputs explain, in any shape.
 
     Returns:
         Log-likelihood in nats.
@@ -54,12 +54,12 @@ def score_outputs(likelihood: Likelihood, outputs: Tensor, batch: Batch) -> Tens
     Raises:
         ShapeError: If the numbers do not match.
     """
-    target, shape = batch.explained, outputs.shape[3:]
+    target, shape = batch.explained, likelihood.data_shape(outputs.shape[3:])
     if target[0].numel() != math.prod(shape):
         raise ShapeError(
-            f"{target[0].numel()} outputs for rows of shape {tuple(target.shape[1:])}",
-            f"outputs of shape {tuple(shape)}",
-            "Give the decoder as many outputs as a row has numbers.",
+            f"outputs for rows of shape {tuple(target.shape[1:])}",
+            f"outputs of shape {tuple(outputs.shape[3:])}, which explain {tuple(shape)}",
+            "Give the decoder as many outputs as a row has numbers (times the likelihood's parameters a number).",
         )
     mask = None if batch.mask is None else batch.mask.reshape(-1, *shape)
     return likelihood.log_prob(outputs, target.reshape(-1, *shape), mask)
@@ -78,6 +78,6 @@ def draws_of(model: CodeModel, batch: Batch, latents: Tensor, log_q: Tensor | No
     Returns:
         `Draws` with outputs.
     """
-    outputs = model.decode(latents)
+    outputs = model.decode(latents, batch.context)
     log_likelihood = score_outputs(model.likelihood, outputs, batch)
     return Draws(latents, log_likelihood, model.log_prior(latents), log_q, model.likelihood, kl, outputs)

@@ -31,4 +31,4 @@ def encode(model: CodeModel, batch: Batch, *, n_latent_draws: int = 1) -> Draws:
         raise UnsupportedError(
             "n_latent_draws=1 from a deterministic encoder", f"{n_latent_draws}", "Take more weight draws instead."
         )
-    return draws_of(model, batch, model.encode(batch.x)[None], log_q=None)
+    return draws_of(model, batch, model.encode(batch.x, batch.context)[None], log_q=None)

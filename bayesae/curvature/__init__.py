@@ -9,7 +9,6 @@ from bayesae.curvature.covariances import (
     RotatedBlock,
 )
 from bayesae.curvature.diagonal import ggn_diagonal
-from bayesae.curvature.hessian import BlockHessian, LowRankHessian
 from bayesae.curvature.kronecker import KroneckerCurvature, KroneckerFactors, eigencorrection, kronecker_factors
 from bayesae.curvature.layout import Layout
 from bayesae.curvature.linearisation import Linearisation
@@ -18,6 +17,7 @@ from bayesae.curvature.plan import Plan
 from bayesae.curvature.products import ggn_product
 from bayesae.curvature.sweep import plan
 from bayesae.curvature.variance import output_variance
+from bayesae.types import BlockHessian, LowRankHessian
 
 __all__ = [
     "BlockHessian",

@@ -1,51 +1,21 @@
 r"""The Hessian of -log p in the outputs of every row, whatever its form, as the engine reads it.
 
-A likelihood passes a plain tensor: () for a multiple of the identity, or the diagonal (B, \*O); or one of the forms
-below.
+A likelihood passes a plain tensor: () for a multiple of the identity, or the diagonal (B, \*O); or a `BlockHessian` or
+`LowRankHessian` of `bayesae.types`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bayesae.errors import NonFiniteError, ShapeError
+from bayesae.types import BlockHessian, HessianFunction, LowRankHessian, OutputHessian
 
-__all__ = ["BlockHessian", "Hessian", "LowRankHessian", "OutputHessian", "cholesky", "read_hessian"]
-
-
-@dataclass(frozen=True)
-class BlockHessian:
-    r"""Groups of outputs that curve together: logits of a category, or a mean and its scale.
-
-    Args:
-        values: (B, \*rest, g, g), positive semi-definite; ``rest`` are the other axes of the outputs, in order.
-        axis: The axis of the group among the outputs (B, \*O), of size g; 1 is the first after the batch.
-    """
-
-    values: Tensor
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class LowRankHessian:
-    r""":math:`F^\top F`, plus a diagonal.
-
-    Args:
-        factor: F, (B, R, \*O).
-        diagonal: (), (B, \*O), or None for 0.
-    """
-
-    factor: Tensor
-    diagonal: Tensor | None = None
-
-
-OutputHessian = Tensor | BlockHessian | LowRankHessian
-HessianFunction = Callable[[Tensor], OutputHessian]
+__all__ = ["Hessian", "HessianFunction", "OutputHessian", "cholesky", "read_hessian"]
 
 
 def cholesky(matrix: Tensor, what: str | None = None) -> Tensor:

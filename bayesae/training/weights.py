@@ -50,7 +50,14 @@ def log_joint(
 
     prior = IsotropicNormal() if weight_prior is None else weight_prior
     return LogJoint(
-        model.network, model.likelihood, per_example, prior, n_data, temperature, is_deterministic=codes is encode
+        model.network,
+        model.likelihood,
+        per_example,
+        prior,
+        n_data,
+        temperature,
+        is_deterministic=codes is encode,
+        inputs=model.inputs,
     )
 
 

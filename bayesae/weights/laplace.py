@@ -162,7 +162,9 @@ class Laplace:
         if self.epochs > 1:
             state = self._at_pass(state, len(batch.x), joint.n_data)
         hessian = joint.likelihood.output_hessian
-        sums = self._structure.add(state.sums, state.linearisation, state.subset, batch, hessian)
+        mask = None if batch.mask is None else joint.likelihood.output_mask(batch.mask)
+        x = joint.inputs(batch)
+        sums = self._structure.add(state.sums, state.linearisation, state.subset, x, hessian, mask)
         params = {name: leaf[None] for name, leaf in state.params.items()}
         log_likelihood = float(joint.per_example(params, batch).double().sum())
         new = replace(

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from bayesae.curvature import Linearisation
-from bayesae.curvature.hessian import HessianFunction
 from bayesae.families.base import Normal
 from bayesae.subset import Subset
-from bayesae.types import Batch, Params
+from bayesae.types import HessianFunction, Params
 
 __all__ = ["Curvature", "Eigenvalues", "OnePass", "Structure", "zeros"]
 
@@ -55,8 +54,9 @@ class Structure(Protocol):
         sums: Any,  # noqa: ANN401
         linearisation: Linearisation,
         subset: Subset,
-        batch: Batch,
-        output_hessian: HessianFunction,
+        x: Tensor,
+        hessian: HessianFunction,
+        mask: Tensor | None,
     ) -> Any:  # noqa: ANN401
         """Sums with the rows of one more batch."""
         ...

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from bayesae.curvature import Linearisation, ggn_block, ggn_diagonal
-from bayesae.curvature.hessian import HessianFunction
 from bayesae.errors import UnsupportedError
 from bayesae.families import DenseNormal, DiagonalNormal
 from bayesae.families.base import Normal
 from bayesae.functional import check_finite
 from bayesae.subset import Subset
-from bayesae.types import Batch, Params
+from bayesae.types import HessianFunction, Params
 from bayesae.weights.structures.base import Eigenvalues, OnePass, zeros
 
 __all__ = ["Dense", "Diagonal"]
@@ -32,10 +31,16 @@ class Diagonal(OnePass):
         return zeros(linearisation, len(subset))
 
     def add(
-        self, sums: Tensor, linearisation: Linearisation, subset: Subset, batch: Batch, output_hessian: HessianFunction
+        self,
+        sums: Tensor,
+        linearisation: Linearisation,
+        subset: Subset,
+        x: Tensor,
+        hessian: HessianFunction,
+        mask: Tensor | None,
     ) -> Tensor:
         """The exact diagonal of the batch on top."""
-        whole = ggn_diagonal(linearisation, batch.x, output_hessian, mask=batch.mask)
+        whole = ggn_diagonal(linearisation, x, hessian, mask=mask)
         return sums + subset.ravel(whole)
 
     def finish(self, sums: Tensor, subset: Subset, share: float) -> _DiagonalCurvature:
@@ -81,10 +86,16 @@ class Dense(OnePass):
         return zeros(linearisation, size, size)
 
     def add(
-        self, sums: Tensor, linearisation: Linearisation, subset: Subset, batch: Batch, output_hessian: HessianFunction
+        self,
+        sums: Tensor,
+        linearisation: Linearisation,
+        subset: Subset,
+        x: Tensor,
+        hessian: HessianFunction,
+        mask: Tensor | None,
     ) -> Tensor:
         """The block of the batch on top."""
-        return sums + ggn_block(linearisation, batch.x, output_hessian, subset.masks, mask=batch.mask)
+        return sums + ggn_block(linearisation, x, hessian, subset.masks, mask=mask)
 
     def finish(self, sums: Tensor, subset: Subset, share: float) -> _DenseCurvature:
         """Its eigendecomposition; eigenvalues below 0 are rounding."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from bayesae.curvature import (
     KroneckerCurvature,
@@ -15,13 +16,12 @@ from bayesae.curvature import (
     eigencorrection,
     kronecker_factors,
 )
-from bayesae.curvature.hessian import HessianFunction
 from bayesae.errors import UnsupportedError
 from bayesae.families import KroneckerNormal
 from bayesae.families.base import Normal
 from bayesae.functional import check_finite
 from bayesae.subset import Subset
-from bayesae.types import Batch, Params
+from bayesae.types import HessianFunction, Params
 from bayesae.weights.structures.base import Eigenvalues, OnePass
 
 __all__ = ["Eigencorrected", "Kronecker"]
@@ -40,8 +40,9 @@ class Kronecker(OnePass):
         sums: KroneckerCurvature | None,
         linearisation: Linearisation,
         subset: Subset,
-        batch: Batch,
-        output_hessian: HessianFunction,
+        x: Tensor,
+        hessian: HessianFunction,
+        mask: Tensor | None,
     ) -> KroneckerCurvature:
         """The factors of the batch on top.
 
@@ -49,8 +50,9 @@ class Kronecker(OnePass):
             sums: The factors so far.
             linearisation: The network at its mode.
             subset: The uncertain weights: of each layer all or none.
-            batch: Rows.
-            output_hessian: Of the likelihood.
+            x: What the network takes.
+            hessian: Of the likelihood.
+            mask: True where an output counts, or None.
 
         Returns:
             Their sum.
@@ -58,7 +60,7 @@ class Kronecker(OnePass):
         Raises:
             UnsupportedError: If a part of a layer is chosen.
         """
-        new = kronecker_factors(linearisation, batch.x, output_hessian, mask=batch.mask)
+        new = kronecker_factors(linearisation, x, hessian, mask=mask)
         new = KroneckerCurvature(
             {name: _double(factors) for name, factors in new.blocks.items() if _is_chosen(name, factors, subset)},
             {name: value.double() for name, value in new.rest.items() if name in subset.masks},
@@ -90,18 +92,19 @@ class Eigencorrected:
         sums: KroneckerCurvature | _Corrected | None,
         linearisation: Linearisation,
         subset: Subset,
-        batch: Batch,
-        output_hessian: HessianFunction,
+        x: Tensor,
+        hessian: HessianFunction,
+        mask: Tensor | None,
     ) -> KroneckerCurvature | _Corrected:
         """Factors in the first pass, the diagonal in their bases in the second."""
         if not isinstance(sums, _Corrected):
-            return Kronecker().add(sums, linearisation, subset, batch, output_hessian)
+            return Kronecker().add(sums, linearisation, subset, x, hessian, mask)
         dtype = next(iter(linearisation.params.values())).dtype
         own = {
             name: replace(basis, outputs=basis.outputs.to(dtype), inputs=basis.inputs.to(dtype))
             for name, basis in sums.bases.items()
         }
-        new = eigencorrection(linearisation, batch.x, output_hessian, own, mask=batch.mask)
+        new = eigencorrection(linearisation, x, hessian, own, mask=mask)
         bases = {name: replace(basis, values=basis.values + new[name]) for name, basis in sums.bases.items()}
         return replace(sums, bases=bases)
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from bayesae.curvature import Linearisation, ggn_diagonal, ggn_product
-from bayesae.curvature.hessian import HessianFunction
 from bayesae.errors import DataError
 from bayesae.families import LowRankNormal
 from bayesae.families.base import Normal
 from bayesae.functional import check_finite
 from bayesae.subset import Subset
-from bayesae.types import Batch, Params
+from bayesae.types import HessianFunction, Params
 from bayesae.weights.structures.base import zeros
 
 __all__ = ["LowRank"]
@@ -70,14 +69,20 @@ class LowRank:
         return _Sketch.of(gaussian.to(like.device), self.n_passes - 1)
 
     def add(
-        self, sums: _Sketch, linearisation: Linearisation, subset: Subset, batch: Batch, output_hessian: HessianFunction
+        self,
+        sums: _Sketch,
+        linearisation: Linearisation,
+        subset: Subset,
+        x: Tensor,
+        hessian: HessianFunction,
+        mask: Tensor | None,
     ) -> _Sketch:
         """Products of the probes with the curvature of the batch; its diagonal too in the last pass."""
         if not len(subset):
             return sums
         leaves = {name: torch.zeros_like(leaf) for name, leaf in linearisation.params.items()}
         vectors = subset.scatter(sums.probes.to(subset.ravel(leaves).dtype), leaves)
-        product = subset.ravel(ggn_product(linearisation, batch.x, output_hessian, vectors, mask=batch.mask))
+        product = subset.ravel(ggn_product(linearisation, x, hessian, vectors, mask=mask))
         sums = replace(
             sums,
             products=sums.products + product,
@@ -85,7 +90,7 @@ class LowRank:
         )
         if sums.n_passes_left:
             return sums
-        diagonal = ggn_diagonal(linearisation, batch.x, output_hessian, mask=batch.mask)
+        diagonal = ggn_diagonal(linearisation, x, hessian, mask=mask)
         return replace(sums, diagonal=sums.diagonal + subset.ravel(diagonal))
 
     def next_pass(self, sums: _Sketch, subset: Subset) -> _Sketch:
