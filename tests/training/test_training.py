@@ -293,5 +293,5 @@ class TestErrors:
 
     def test_two_outputs_too_few(self, rows):
         model = bae.Autoencoder(nn.Linear(7, 2), nn.Linear(2, 5), bae.likelihoods.Gaussian(1.0)).double()
-        with pytest.raises(bae.errors.ShapeError, match="7 outputs for rows of shape"):
+        with pytest.raises(bae.errors.ShapeError, match="outputs for rows of shape"):
             bae.fit_model(model, rows)
