@@ -12,6 +12,10 @@ From data to scores::
     score = bae.ood.negative_log_density(moments, test)
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from bayesae import (
     adapters,
     codes,
@@ -19,6 +23,7 @@ from bayesae import (
     datasets,
     errors,
     families,
+    files,
     functional,
     likelihoods,
     metrics,
@@ -31,18 +36,40 @@ from bayesae import (
 )
 from bayesae.adapters import from_laplace
 from bayesae.draws import Draws, Moments
-from bayesae.joint import IsotropicNormal, LogJoint
+from bayesae.files import load, save
+from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
 from bayesae.models import Autoencoder, wrap
 from bayesae.predictive import Predictive
 from bayesae.subset import Subset
-from bayesae.training import History, estimate_noise, fit_model, fit_weights, log_joint
+from bayesae.training import (
+    Evidence,
+    EvidenceResult,
+    HeldOut,
+    History,
+    estimate_noise,
+    fit_model,
+    fit_weights,
+    held_out_precision,
+    log_joint,
+    maximise_evidence,
+)
 from bayesae.types import Batch
+
+if TYPE_CHECKING:
+    from bayesae import estimators
+    from bayesae.estimators import BayesianAutoencoder, BayesianOutlierDetector
 
 __all__ = [
     "Autoencoder",
     "Batch",
+    "BayesianAutoencoder",
+    "BayesianOutlierDetector",
     "Draws",
+    "Evidence",
+    "EvidenceResult",
+    "HeldOut",
     "History",
+    "IndependentNormal",
     "IsotropicNormal",
     "LogJoint",
     "Moments",
@@ -54,19 +81,39 @@ __all__ = [
     "datasets",
     "errors",
     "estimate_noise",
+    "estimators",
     "families",
+    "files",
     "fit_model",
     "fit_weights",
     "from_laplace",
     "functional",
+    "held_out_precision",
     "likelihoods",
+    "load",
     "log_joint",
+    "maximise_evidence",
     "metrics",
     "nets",
     "objectives",
     "ood",
     "plots",
     "random",
+    "save",
     "weights",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # scikit-learn takes longer to load than the rest of the library: on first use only
+    if name in {"estimators", "BayesianAutoencoder", "BayesianOutlierDetector"}:
+        from importlib import import_module
+
+        module = import_module("bayesae.estimators")
+        return module if name == "estimators" else getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

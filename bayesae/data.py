@@ -18,7 +18,8 @@ __all__ = ["Data", "as_rows", "batches", "check_counts", "count_rows"]
 
 Data: TypeAlias = Tensor | np.ndarray | Batch | Dataset | DataLoader
 """x alone, (N, \\*data): a tensor, an array, a data set, or a loader. Of (x, ...) tuples the first part is read. A
-`Batch` of all rows, or a loader whose collation gives `Batch`, brings masks, contexts and targets along."""
+`Batch` of all rows, or a loader whose collation gives `Batch`, brings masks, contexts and targets along. Streams
+(an `IterableDataset`, given directly or in a loader) are read from their start in every pass, as far as n_data rows."""
 
 
 def check_counts(**counts: int) -> None:
@@ -62,6 +63,7 @@ def _checked(batch: Batch, like: Tensor) -> Batch:
     def moved(x: object) -> Tensor:
         return as_tensor(x).to(device=like.device, dtype=like.dtype)
 
+    _check_lengths(batch)
     x, mask = moved(batch.x), batch.mask
     if x.dim() < 2 or len(x) == 0:
         raise (DataError if x.dim() and len(x) == 0 else ShapeError)(
@@ -89,10 +91,14 @@ def _checked(batch: Batch, like: Tensor) -> Batch:
         context = as_tensor(context).to(device=like.device, dtype=like.dtype)
         context = context[:, None] if context.dim() == 1 else context.flatten(1)
         check_finite({"context": context}, "context", "Fill those entries in.")
-    for name, value in (("context", context), ("target", target)):
-        if value is not None and len(value) != len(x):
-            raise ShapeError(f"a {name} of {len(x)} rows", f"{len(value)}", "One for every row of x.")
     return Batch(x, mask, context, target, batch.index)
+
+
+def _check_lengths(batch: Batch) -> None:
+    """Raise unless context and target have a row for every row of x: cut to size, they would be other rows' own."""
+    for name in ("context", "target"):
+        if (value := getattr(batch, name)) is not None and len(value) != len(batch.x):
+            raise ShapeError(f"a {name} of {len(batch.x)} rows", f"{len(value)}", "One for every row of x.")
 
 
 def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
@@ -109,6 +115,8 @@ def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
     Raises:
         DataError: If a loader shuffles: the caller could not tell which score is whose.
     """
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data)
     if isinstance(data, DataLoader):
         if not isinstance(data.dataset, IterableDataset) and not isinstance(_sampler(data), SequentialSampler):
             kind = type(_sampler(data) or data.batch_sampler).__name__
@@ -164,14 +172,17 @@ def count_rows(data: Data, n_data: int | None = None) -> int:
     return n
 
 
-def batches(data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool) -> Iterator[Batch]:
+def batches(
+    data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool, n_data: int | None = None
+) -> Iterator[Batch]:
     """One pass over ``data``.
 
     Args:
         data: Anything of `Data`. A loader keeps its own batch size, order and collation.
         like: A parameter of the network: gives device and dtype.
         batch_size: Rows per batch.
-        is_shuffled: A new order from the global generator.
+        is_shuffled: A new order from the global generator; a loader and a stream keep theirs.
+        n_data: Where a pass over a stream ends, if the stream does not end before; None reads all of it.
 
     Yields:
         `Batch` with x and, where the order is ours, the row numbers.
@@ -179,11 +190,17 @@ def batches(data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool) -> 
     Raises:
         DataError: If a loader gives nothing.
     """
+    if isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader):
+        n_left = n_data if isinstance(data.dataset, IterableDataset) else None
         is_empty = True
         for item in data:
             is_empty = False
-            yield _checked(item if isinstance(item, Batch) else Batch(as_tensor(_first(item))), like)
+            batch = _checked(item if isinstance(item, Batch) else Batch(as_tensor(_first(item))), like)
+            yield batch if n_left is None else _first_rows(batch, n_left)
+            if n_left is not None and (n_left := n_left - len(batch.x)) <= 0:
+                return  # a stream without an end is not asked for one more batch
         if is_empty:
             raise DataError("at least one batch", "a loader that gave none", "Was it a stream, read once already?")
         return
@@ -195,10 +212,16 @@ def batches(data: Data, like: Tensor, *, batch_size: int, is_shuffled: bool) -> 
             yield _checked(Batch(rows, index=index), like)
         return
     given = data if isinstance(data, Batch) else Batch(as_tensor(data))
+    _check_lengths(given)
     fields = {name: as_tensor(value) for name, value in given._asdict().items() if value is not None}
     for index in order.split(batch_size):
         some = {name: value[index.to(value.device)] for name, value in fields.items()}
         yield _checked(Batch(**{"index": index, **some}), like)
+
+
+def _first_rows(batch: Batch, n: int) -> Batch:
+    """The first ``n`` rows, if there are more."""
+    return Batch(**{name: field[:n] for name, field in batch._asdict().items() if field is not None})
 
 
 def _first(item: object) -> object:

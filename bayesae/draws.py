@@ -109,7 +109,8 @@ class Moments:
               + \underbrace{\mathbb{E}_\theta \operatorname{Var}_z \mathbb{E}[x \mid z, \theta]}_{code}
               + \underbrace{\operatorname{Var}_\theta \mathbb{E}_z \mathbb{E}[x \mid z, \theta]}_{weights}
 
-    Every field has the data's own shape (B, \*data). Parts from draws are the moments *of the mixture of
+    Every field has the data's own shape (B, \*data), or (B, \*data, C) where data are C classes without an order: the
+    moments are then those of each class's indicator. Parts from draws are the moments *of the mixture of
     those draws* (divisors S and K, not S - 1 and K - 1), so that they add up exactly. As estimates of the posterior's
     own, the sum is low by a share 1 / S, and of a stochastic code the weight part holds 1 / K of the code's variance
     (all of it for K = 1): take K of 10 or more to tell the two apart.
@@ -148,7 +149,8 @@ class Moments:
             x: The rows that the moments were made of.
 
         Returns:
-            Of N(mean, total) for a Gaussian likelihood, of Bernoulli(mean) for a Bernoulli one.
+            Of the likelihood's law with these moments: N(mean, total) for Gaussian ones, a negative binomial for
+            counts, Bernoulli(mean) and its like where the mean settles all (``log_predictive`` of each says which).
         """
         rows = torch.as_tensor(x).to(self.mean)
         shape = self.mean.shape if rows.numel() == self.mean.numel() else self.mean.shape[:-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BayesAEError",
     "DataError",
+    "FileError",
     "NonFiniteError",
     "NotFittedError",
     "ParameterError",
@@ -36,6 +37,10 @@ class ShapeError(BayesAEError, ValueError):
 
 class DataError(BayesAEError, ValueError):
     """Data that cannot be used: none at all, out of the likelihood's range, a file that is not there."""
+
+
+class FileError(BayesAEError, ValueError):
+    """A file that is missing, damaged, of another format, or written by a later version."""
 
 
 class NonFiniteError(BayesAEError, ValueError):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from bayesae.errors import DataError, UnsupportedError
+from bayesae.errors import DataError, ParameterError, ShapeError, UnsupportedError
 from bayesae.functional import at_least_float32, parameters_of
 from bayesae.types import Batch, Likelihood, Params, WeightPrior
 
-__all__ = ["IsotropicNormal", "LogJoint"]
+__all__ = ["IndependentNormal", "IsotropicNormal", "LogJoint"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,74 @@ class IsotropicNormal:
         squares = torch.stack([(at_least_float32(leaf) ** 2).flatten(1).sum(1) for leaf in params.values()]).sum(0)
         n = sum(leaf[0].numel() for leaf in params.values())
         return 0.5 * (n * math.log(self.precision / (2 * math.pi)) - self.precision * squares)
+
+    def precisions_of(self, params: Params) -> Params:
+        r"""Precision of every weight: float64, in the shapes (\*shape) of ``params``, expanded and not copied."""
+        return {name: _spread(self.precision, leaf) for name, leaf in params.items()}
+
+
+@dataclass(frozen=True)
+class IndependentNormal:
+    r"""Independent Normals around 0, with a precision for every parameter tensor or for every weight.
+
+    .. math:: p(\theta) = \prod_i \mathcal{N}(\theta_i \mid 0, 1 / \lambda_i)
+
+    Args:
+        precisions: By parameter name, for every parameter: a number for the whole tensor, or a tensor (\*shape) of the
+            parameter's own shape; in 1 / (units of theta) squared. Laplace leaves one, tuned by layer or by weight.
+
+    Exact when: no exact case, it is a choice; equal numbers throughout make it an `IsotropicNormal`.
+    Cost: as many operations as weights.
+
+    Raises:
+        DataError: If a precision is not positive and finite.
+        ParameterError: When used, if parameters have no precision, or precisions no parameter.
+        ShapeError: When used, if a tensor of precisions does not have its parameter's shape.
+    """
+
+    precisions: Mapping[str, float | Tensor]
+
+    def __post_init__(self) -> None:
+        for name, value in self.precisions.items():
+            values = torch.as_tensor(value)
+            if not bool(((values > 0) & (values < math.inf)).all()):
+                got = f"{float(values.min()):.3g} to {float(values.max()):.3g} for {name!r}"
+                raise DataError("positive, finite prior precisions", got, "1.0 is a plain start.")
+
+    def log_prob(self, params: Params) -> Tensor:
+        """Log-density in nats, (S,)."""
+        self._check(params.keys())
+        total = []
+        for name, leaf in params.items():
+            values, precision = at_least_float32(leaf), self.precisions[name]
+            if isinstance(precision, Tensor):
+                precision = _spread(precision, leaf[0], name).to(values)
+                log_norm = torch.log(precision / (2 * math.pi)).sum()
+            else:
+                log_norm = leaf[0].numel() * math.log(precision / (2 * math.pi))
+            total.append(0.5 * (log_norm - (precision * values**2).flatten(1).sum(1)))
+        return torch.stack(total).sum(0)
+
+    def precisions_of(self, params: Params) -> Params:
+        r"""Precision of every weight: float64, in the shapes (\*shape) of ``params``."""
+        self._check(params.keys())
+        return {name: _spread(self.precisions[name], leaf, name) for name, leaf in params.items()}
+
+    def _check(self, names: Collection[str]) -> None:
+        missing, unknown = [n for n in names if n not in self.precisions], sorted(self.precisions.keys() - set(names))
+        if missing or unknown:
+            got = f"none for {missing} and some for unknown {unknown}"
+            raise ParameterError("a precision for every parameter", got, "Name them as in model.network.")
+
+
+def _spread(precision: float | Tensor, leaf: Tensor, name: str = "") -> Tensor:
+    """A precision in the shape of its parameter."""
+    if isinstance(precision, Tensor):
+        if precision.shape != leaf.shape:
+            expected = f"precisions of shape {tuple(leaf.shape)} for {name!r}"
+            raise ShapeError(expected, f"{tuple(precision.shape)}", "Give a number for the whole tensor.")
+        return precision.to(leaf.device, torch.float64)
+    return torch.tensor(precision, dtype=torch.float64, device=leaf.device).expand(leaf.shape)
 
 
 def _x_of(batch: Batch) -> Tensor:

@@ -34,7 +34,8 @@ class Autoencoder(nn.Module):
         decoder: Maps codes (B, Z) to outputs (B, \*O): as many numbers as a row of data has; another shape with
             the same number is fine (784 for 1 x 28 x 28).
         likelihood: Turns outputs into a distribution over data.
-        data_shape: Shape (\*data) of a row of x; needed only where a network takes a context.
+        data_shape: Shape (\*data) of a row of x; needed only where a network takes a context, because `network` is a
+            function of one tensor.
 
     A network whose attribute ``takes_context`` is True is called with a second argument, the context (B, C) of the rows
     (``Batch.context``: labels or covariates, flattened); see `nets.Conditional`.
@@ -46,7 +47,8 @@ class Autoencoder(nn.Module):
     Raises:
         ParameterError: If the networks have no parameters.
         ShapeError: If their parameters have several dtypes.
-        UnsupportedError: If encoder and decoder share parameters.
+        UnsupportedError: If encoder and decoder share parameters, or a network takes a context and there is no
+            ``data_shape``.
     """
 
     def __init__(
@@ -61,6 +63,9 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.likelihood, self.data_shape = likelihood, None if data_shape is None else tuple(data_shape)
         dtype_of(self)
+        if self.takes_context and data_shape is None:
+            fix = "Give Autoencoder(..., data_shape=(1, 28, 28)), say."
+            raise UnsupportedError("the shape of a row for networks that take a context", "data_shape=None", fix)
         shared = {id(p) for p in encoder.parameters()} & {id(p) for p in decoder.parameters()}
         if shared:
             names = [name for name, value in decoder.named_parameters() if id(value) in shared]
@@ -85,19 +90,16 @@ class Autoencoder(nn.Module):
         """The module tree `inputs` -> outputs with this model's own parameters and names, for the curvature engine."""
         if not self.takes_context:
             return nn.Sequential(OrderedDict(encoder=self.encoder, decoder=self.decoder))
-        if self.data_shape is None:
-            fix = "Give Autoencoder(..., data_shape=(1, 28, 28)), say."
-            raise UnsupportedError("the shape of a row for networks that take a context", "data_shape=None", fix)
+        assert self.data_shape is not None
         return _Packed(self.encoder, self.decoder, self.data_shape)
 
     def inputs(self, batch: Batch) -> Tensor:
         """What `network` takes for the rows of a batch: x, with its context beside it where a network takes one."""
         if not self.takes_context:
             return batch.x
-        (context,) = _context_of(self.encoder, "encoder", batch.context) or _context_of(
-            self.decoder, "decoder", batch.context
-        )
-        return torch.cat([batch.x.flatten(1), context.flatten(1).to(batch.x)], 1)
+        context = _context_of(self.encoder, "encoder", batch.context)
+        context = context or _context_of(self.decoder, "decoder", batch.context)
+        return torch.cat([batch.x.flatten(1), context[0].flatten(1).to(batch.x)], 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Outputs (B, \*O) of the plain network at its own weights."""
@@ -221,13 +223,14 @@ class _Packed(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, data_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.encoder, self.decoder, self.data_shape = encoder, decoder, data_shape
-        self.takes_context = [getattr(module, "takes_context", False) for module in (encoder, decoder)]
+        # not named as the networks' own attribute: this one takes a single tensor
+        self.is_given_context = [getattr(module, "takes_context", False) for module in (encoder, decoder)]
 
     def forward(self, packed: Tensor) -> Tensor:
         size = math.prod(self.data_shape)
         x, context = packed[:, :size].unflatten(1, self.data_shape), packed[:, size:]
-        z = self.encoder(x, context) if self.takes_context[0] else self.encoder(x)
-        return self.decoder(z, context) if self.takes_context[1] else self.decoder(z)
+        z = self.encoder(x, context) if self.is_given_context[0] else self.encoder(x)
+        return self.decoder(z, context) if self.is_given_context[1] else self.decoder(z)
 
 
 def wrap(

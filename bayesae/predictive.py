@@ -174,11 +174,14 @@ class Predictive:
         check_finite(finite, "moments", "Are the inputs far outside the training range?")
         return replace(moments, **shaped)
 
-    def decoder(self, n_weight_draws: int | None = None, *, seed: int | None = None) -> Callable[[Tensor], Tensor]:
+    def decoder(
+        self, n_weight_draws: int | None = None, *, context: Tensor | None = None, seed: int | None = None
+    ) -> Callable[[Tensor], Tensor]:
         r"""The decoder under weight draws that are fixed once, as geometry needs it.
 
         Args:
             n_weight_draws: S, as in a call.
+            context: For a decoder that takes one: (1, C) for all codes, or (B, C), one for each.
             seed: As in a call.
 
         Returns:
@@ -189,10 +192,11 @@ class Predictive:
         mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
 
         def decode(z: Tensor) -> Tensor:
+            given = None if context is None else context.to(z).expand(len(z), -1)
             if not self.is_linearised:
-                outputs = self.model.at(params).decode(z.expand(n_draws(params), *z.shape))
+                outputs = self.model.at(params).decode(z.expand(n_draws(params), *z.shape), given)
             else:
-                outputs = _linearise(lambda p: (self.model.at(p).decode(z[None]),), mean, params)[0][:, 0]
+                outputs = _linearise(lambda p: (self.model.at(p).decode(z[None], given),), mean, params)[0][:, 0]
             return self.model.likelihood.mean(outputs)
 
         return decode

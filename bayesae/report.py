@@ -175,6 +175,7 @@ def table(
     *,
     metrics: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
+    settings: Sequence[str] | None = None,
     columns: Literal["metric", "method"] = "metric",
 ) -> str:
     """A Markdown table with mean and spread over seeds.
@@ -183,6 +184,7 @@ def table(
         records: The records.
         metrics: Which metrics, in this order; all, in order of appearance, if None.
         methods: Which methods, likewise.
+        settings: Which settings; all if None.
         columns: What goes across; the rest of (data, setting, method, metric) goes down, less what never varies.
 
     Returns:
@@ -191,7 +193,7 @@ def table(
     Raises:
         DataError: If no record has such a metric or method.
     """
-    wanted = {"metric": metrics, "method": methods}
+    wanted = {"metric": metrics, "method": methods, "setting": settings}
     known = {field: {getattr(row, field) for row in records.rows} for field in wanted}
     missing = [name for field, names in wanted.items() for name in names or () if name not in known[field]]
     if missing:

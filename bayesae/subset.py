@@ -78,6 +78,28 @@ class Subset:
         """Number P of chosen weights."""
         return sum(int(mask.sum()) for mask in self.masks.values())
 
+    def take(self, places: Tensor) -> Subset:
+        """Some of the chosen weights.
+
+        Args:
+            places: Where they stand in the order of `ravel`, each once, in any order, (n,).
+
+        Returns:
+            A subset of n weights in the order of this one; tensors without any are left out.
+
+        Raises:
+            ParameterError: If a place is outside 0 to P - 1.
+        """
+        is_taken = torch.zeros(len(self), dtype=torch.bool)
+        places = places.cpu()
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(self):
+            got = f"{int(places.min())} to {int(places.max())}"
+            raise ParameterError(f"places of 0 to {len(self) - 1}", got, "They are those of ravel.")
+        is_taken[places] = True
+        none = {name: torch.zeros(mask.shape, dtype=torch.bool) for name, mask in self.masks.items()}
+        masks = self.scatter(is_taken, none)
+        return Subset({name: mask for name, mask in masks.items() if bool(mask.any())})
+
     def ravel(self, params: Params) -> Tensor:
         r"""The chosen weights as one vector, leaves (..., \*shape) to (..., P)."""
         parts = [_chosen(params[name], mask) for name, mask in self.masks.items()]

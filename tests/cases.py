@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,13 @@ def correlated() -> ConjugateRegression:
     return ConjugateRegression.make(is_orthogonal=False)
 
 
+def by_tensor() -> ConjugateRegression:
+    """The same precision, given tensor by tensor."""
+    world = correlated()
+    prior = bae.IndependentNormal({"weight": 2.0, "bias": torch.full((2,), 2.0)})
+    return dataclasses.replace(world, joint=dataclasses.replace(world.joint, prior=prior))
+
+
 def no_variance(world: ConjugateRegression) -> Params:
     return {name: torch.zeros_like(leaf) for name, leaf in world.mean.items()}
 
@@ -51,6 +59,12 @@ WEIGHT_CASES = [
             marginal_variance,
         )
         for structure in ("dense", "kronecker", "eigencorrected", "low_rank")
+    ),
+    WeightCase(
+        "Laplace, given by weight",
+        lambda: bae.weights.Laplace("dense", tunes_prior=False, prior_groups="weight"),
+        by_tensor,
+        marginal_variance,
     ),
     # of a log-joint with one mode every member finds it: the docstring's "Biased when", as an equality
     WeightCase(

@@ -98,3 +98,124 @@ def test_a_share_is_a_share():
 def test_calibration_of_nonsense_is_refused():
     with pytest.raises(bae.errors.NonFiniteError, match="standardised errors"):
         metrics.quantile_calibration(torch.full((3,), torch.nan), torch.ones(3), torch.zeros(3))
+
+
+def defects(n=6, side=7, seed=0):
+    """Scores with ties and masks of several components, corners that touch included; one image is clean."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.rand(n, 1, side, side, generator=generator) < 0.25
+    masks[0] = False
+    scores = torch.randint(0, 9, masks.shape, generator=generator) + 2.0 * masks
+    return scores, masks
+
+
+def test_pixel_auroc_and_aupr_by_hand():
+    scores = torch.tensor([[[3.0, 1.0], [2.0, 0.0]], [[5.0, 6.0], [7.0, 8.0]]])
+    masks = torch.tensor([[[True, False], [False, False]], [[False, True], [False, False]]])
+    # within the images 1 and 1/3; among all pixels 3 beats {1, 2, 0} and 6 beats {1, 2, 0, 5} of {1, 2, 0, 5, 7, 8}
+    assert metrics.pixel_auroc(scores, masks) == pytest.approx(7 / 12)
+    assert metrics.pixel_auroc(scores, masks, is_pooled=False) == pytest.approx((1 + 1 / 3) / 2)
+    # precisions at the defect pixels: 6 is third, 3 is fifth of all; first and third within
+    assert metrics.pixel_aupr(scores, masks) == pytest.approx((1 / 3 + 2 / 5) / 2)
+    assert metrics.pixel_aupr(scores, masks, is_pooled=False) == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_pixel_auroc_is_a_count_of_pairs_and_leaves_clean_images_out_of_the_average():
+    scores, masks = defects()
+    pairs = scores[masks][:, None] - scores[~masks]
+    assert metrics.pixel_auroc(scores, masks) == pytest.approx(
+        float((pairs > 0).double().mean() + 0.5 * (pairs == 0).double().mean())
+    )
+    each = [metrics.auroc(s[~m], s[m]) for s, m in zip(scores[1:], masks[1:], strict=True)]
+    assert metrics.pixel_auroc(scores, masks, is_pooled=False) == pytest.approx(sum(each) / 5)
+
+
+def test_interval_of_pixels_resamples_images():
+    scores, masks = defects(12)
+    state = torch.get_rng_state()
+    got = metrics.pixel_auroc_interval(scores, masks, n_resamples=40, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    values = []
+    for _ in range(40):
+        index = torch.randint(12, (12,), generator=generator)
+        values.append(metrics.pixel_auroc(scores[index], masks[index]))
+    expected = [metrics.pixel_auroc(scores, masks), *np.quantile(values, [0.025, 0.975])]
+    assert list(got) == pytest.approx(expected)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_interval_of_a_gain_is_paired():
+    scores, masks = defects(12)
+    same = metrics.pixel_auroc_interval(scores, masks, baseline=scores**3, n_resamples=20)
+    assert list(same) == pytest.approx([0, 0, 0], abs=1e-12)
+    gain = metrics.pixel_auroc_interval(scores + 5 * masks, masks, baseline=scores, n_resamples=20)
+    assert gain.value == pytest.approx(
+        metrics.pixel_auroc(scores + 5 * masks, masks) - metrics.pixel_auroc(scores, masks)
+    )
+    assert 0 < gain.low <= gain.value <= gain.high
+
+
+def components(mask):
+    """Sets of pixels that touch, by flooding."""
+    left, found = {tuple(p) for p in mask.nonzero().tolist()}, []
+    while left:
+        todo, region = [left.pop()], set()
+        while todo:
+            i, j = todo.pop()
+            region.add((i, j))
+            near = {(i + a, j + b) for a in (-1, 0, 1) for b in (-1, 0, 1)} & left
+            left -= near
+            todo += near
+        found.append(region)
+    return found
+
+
+@pytest.mark.parametrize("max_fpr", [0.1, 0.3, 1.0])
+def test_region_overlap_is_its_definition(max_fpr):
+    scores, masks = defects()
+    regions = [(n, region) for n, mask in enumerate(masks[:, 0]) for region in components(mask)]
+    assert len({len(region) for _, region in regions}) > 2
+    rates, overlaps = [0.0], [0.0]
+    for threshold in sorted(set(scores.flatten().tolist()), reverse=True):
+        is_flagged = scores[:, 0] >= threshold
+        rates.append(float(is_flagged[~masks[:, 0]].double().mean()))
+        shares = [sum(bool(is_flagged[n, i, j]) for i, j in region) / len(region) for n, region in regions]
+        overlaps.append(sum(shares) / len(shares))
+    grid = np.linspace(0, max_fpr, 200_001)
+    expected = np.trapezoid(np.interp(grid, rates, overlaps), grid) / max_fpr
+    assert metrics.per_region_overlap(scores, masks, max_fpr=max_fpr) == pytest.approx(expected, abs=1e-5)
+
+
+def test_region_overlap_of_a_perfect_and_of_a_blind_score():
+    _, masks = defects()
+    assert metrics.per_region_overlap(masks.float(), masks) == pytest.approx(1)
+    assert metrics.per_region_overlap(torch.ones(masks.shape), masks) == pytest.approx(0.15)
+    assert metrics.per_region_overlap(-masks.float(), masks) == 0
+
+
+def test_a_small_defect_counts_as_much_as_a_large_one():
+    masks = torch.zeros(1, 6, 6, dtype=torch.bool)
+    masks[0, :3, :4], masks[0, 5, 5] = True, True
+    scores = torch.zeros(1, 6, 6)
+    scores[0, 5, 5] = 1  # the small one is found, nothing else before all else
+    chance = 0.3 / 2
+    assert metrics.per_region_overlap(scores, masks) == pytest.approx(0.5 + 0.5 * chance)
+
+
+def test_pixels_that_cannot_be_compared():
+    scores, masks = defects()
+    for metric in (metrics.pixel_auroc, metrics.pixel_aupr, metrics.pixel_auroc_interval, metrics.per_region_overlap):
+        with pytest.raises(bae.errors.ShapeError, match="dtype bool"):
+            metric(scores, masks.float())
+        with pytest.raises(bae.errors.ShapeError, match=r"scores' shape|Components"):
+            metric(scores[:, :, :2], masks)
+        with pytest.raises(bae.errors.NonFiniteError, match="pixels"):
+            metric(torch.where(masks, torch.nan, scores), masks)
+        with pytest.raises(bae.errors.DataError, match="both kinds"):
+            metric(scores, torch.zeros_like(masks))
+    with pytest.raises(bae.errors.DataError, match="both kinds"):
+        metrics.pixel_auroc(scores[:1], masks[:1], is_pooled=False)
+    with pytest.raises(bae.errors.DataError, match="max_fpr=30"):
+        metrics.per_region_overlap(scores, masks, max_fpr=30)
+    with pytest.raises(bae.errors.ShapeError, match="need images"):
+        metrics.per_region_overlap(scores.flatten(1), masks.flatten(1))

@@ -13,13 +13,13 @@ from bayesae.report import Records
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def run(name, tmp_path):
+def run(name, tmp_path, row="| MAP"):
     command = [sys.executable, str(RECIPES / name), "--fast", "--seeds", "0"]
     command += ["--json", str(tmp_path / "r.json"), "--figures", str(tmp_path / "figures")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "figures" / name.replace(".py", ".png")).stat().st_size > 10_000
-    assert "| MAP" in done.stdout
+    assert row in done.stdout
     return Records.load(tmp_path / "r.json")
 
 
@@ -31,8 +31,33 @@ def test_ood_digits(tmp_path):
 
 
 @pytest.mark.slow
+def test_subnetwork_gap(tmp_path):
+    records = run("subnetwork_gap.py", tmp_path)
+    assert records.mean(method="dense, all", metric="gap sd") == pytest.approx(1)
+    kept = {"data": "digits", "setting": "5%", "metric": "share kept"}
+    assert records.mean(method="largest variance", **kept) < 0.1 * records.mean(method="random", **kept)
+
+
+@pytest.mark.slow
 @pytest.mark.data
 def test_ood_fashion(tmp_path):
     records = run("ood_fashion.py", tmp_path)
     inverted = {"data": "fashion-mnist / mnist", "method": "Laplace: weight variance", "metric": "AUROC"}
     assert records.mean(**inverted) < 0.5
+
+
+@pytest.mark.slow
+def test_evidence_choice(tmp_path):
+    records = run("evidence_choice.py", tmp_path, row="| tuned by layer")
+    settings = {row.setting for row in records.rows if row.metric == "rank correlation"}
+    assert settings == {"all models", "Gaussian models"}
+    assert records.mean(setting="all models", metric="rank correlation") > 0.5
+
+
+@pytest.mark.slow
+def test_defects(tmp_path):
+    records = run("defects.py", tmp_path)
+    scratch = {"setting": "scratch", "metric": "pixel AUROC"}
+    assert records.mean(method="MAP: squared error", **scratch) > records.mean(method="position alone", **scratch) + 0.1
+    assert records.mean(method="MAP: squared error", setting="scratch", metric="PRO-0.3") > 0.5
+    assert 0 < records.mean(method="Laplace", setting="clean images", metric="sd over the ensemble's (medians)") < 10

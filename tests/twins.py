@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bayesae.functional import parameters_of
+from bayesae.types import BlockHessian, LowRankHessian
 
 
 def output_jacobian(network, x, params=None):
@@ -39,3 +40,19 @@ def ggn_diagonal(network, x, likelihood, target=None):
         for name, j in jacobian.items():
             result[name] = result[name] + torch.einsum("o...,op,p...->...", j[b], hessian, j[b])
     return result
+
+
+def dense_hessian(likelihood, outputs):
+    """Hessian of -log p, or Fisher information, in the flat outputs of every row, (B, O, O), whatever its form."""
+    given, n = likelihood.output_hessian(outputs), outputs[0].numel()
+    if isinstance(given, LowRankHessian):
+        factor = given.factor.flatten(2)
+        diagonal = outputs.new_zeros(()) if given.diagonal is None else given.diagonal
+        return factor.mT @ factor + torch.diag_embed(diagonal.expand(outputs.shape).flatten(1))
+    if isinstance(given, BlockHessian):
+        index = torch.arange(n).reshape(outputs.shape[1:]).movedim(given.axis - 1, -1)
+        dense, g = outputs.new_zeros(len(outputs), n, n), index.shape[-1]
+        for group, blocks in zip(index.reshape(-1, g), given.values.flatten(1, -3).unbind(1), strict=True):
+            dense[:, group[:, None], group] = blocks
+        return dense
+    return torch.diag_embed(given.expand(outputs.shape).flatten(1))

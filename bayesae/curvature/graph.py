@@ -6,7 +6,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 from torch.nn import functional as F
 
-from bayesae.curvature.elementwise import ELEMENTWISE, ELEMENTWISE_FUNCTIONS, elementwise_step
+from bayesae.curvature.elementwise import ELEMENTWISE, elementwise_step
 from bayesae.curvature.fixed import FIXED, fixed_step
+from bayesae.curvature.functions import Given, NotAStepError, Ref, call, check_overwrites, function_step, given_value
 from bayesae.curvature.layout import Layout
 from bayesae.curvature.linear import ConvStep, LinearStep, channels_last
+from bayesae.curvature.normalised import NORMALISED, norm_step
 from bayesae.curvature.steps import (
-    AddStep,
     AffineStep,
     InputStep,
     OpaqueStep,
@@ -37,8 +38,6 @@ _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_RESHAPES = frozenset("flatten reshape view unflatten squeeze unsqueeze reshape_as view_as".split())
-_ADD, _SUBTRACT = frozenset("add iadd add_".split()), frozenset("sub isub sub_ subtract".split())
 
 
 class _Tracer(fx.Tracer):
@@ -63,12 +62,14 @@ class Graph:
         nodes: Operations in order, or None where the network as a whole cannot be read.
         names: Parameters of each leaf by its dotted name: {own name: name in the network}.
         shared: Names of parameters that are used in more than one place, or outside a layer.
+        constants: Tensors that the forward makes anew, by the name that torch.fx gave them.
     """
 
     network: nn.Module
     nodes: list[fx.Node] | None
     names: Mapping[str, dict[str, str]]
     shared: frozenset[str]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self, params: Params, x: Tensor) -> list[Step]:
         r"""Every step of one batch, the input first and the outputs last.
@@ -83,7 +84,7 @@ class Graph:
         if self.nodes is not None:
             try:
                 return self._run(self.nodes, params, x)
-            except _NotAStepError:
+            except NotAStepError:
                 pass
         names = dict(self.network.named_parameters())
         whole = _opaque_module(_WHOLE, self.network, {name: name for name in names}, params, (0,), (x,))
@@ -95,54 +96,66 @@ class Graph:
         for node in nodes:
             if node.op == "placeholder":
                 # further arguments were given their defaults when the graph was read, and are only asserted
-                env[node] = None if _Ref(0) in env.values() else _Ref(0)
+                env[node] = None if env else Given(x)
             elif node.target is torch._assert:
                 continue
             elif node.op == "get_attr":
-                env[node] = _attribute(self.network, node.target, params, x.dtype)
+                constant = self.constants.get(str(node.target))
+                value = operator.attrgetter(str(node.target))(self.network) if constant is None else constant
+                env[node] = _attribute(self.network, value, params, x.dtype)
             elif node.op == "output":
                 (result,) = node.args
-                if not isinstance(result, fx.Node) or not isinstance(env[result], _Ref):
-                    raise _NotAStepError
-                return steps[: env[result].index + 1]
+                if not isinstance(result, fx.Node) or not isinstance(env[result], (Ref, Given)):
+                    raise NotAStepError
+                return steps[: _as_ref(env[result], steps).index + 1]
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
                 env[node] = self._apply(node, args, kwargs, params, steps)
-        raise _NotAStepError
+        raise NotAStepError
 
     def _apply(self, node: fx.Node, args: Any, kwargs: Any, params: Params, steps: list[Step]) -> Any:  # noqa: ANN401
-        refs: list[_Ref] = []
-        map_aggregate((args, kwargs), lambda a: refs.append(a) if isinstance(a, _Ref) else None)
+        found: list[Ref | Given] = []
+        map_aggregate((args, kwargs), lambda a: found.append(a) if isinstance(a, (Ref, Given)) else None)
+        refs = [a for a in found if isinstance(a, Ref)]
         if node.op == "call_module":
             assert isinstance(node.target, str)
-            if len(refs) != len(args) or kwargs:
-                raise _NotAStepError
-            layer = self.network.get_submodule(node.target)
-            _check_overwrites(node, layer)
-            step = _module_step(node.target, layer, self.names[node.target], params, steps, refs)
+            if (
+                len(found) != len(args)
+                or kwargs
+                or any(isinstance(a, Given) and not isinstance(a.value, Tensor) for a in found)
+            ):
+                raise NotAStepError
+            layer, own = self.network.get_submodule(node.target), self.names[node.target]
+            check_overwrites(node, layer)
+            if not refs and not own:
+                # upstream of every parameter nothing is carried, so that only values are wanted
+                values = tuple(a.value.clone() for a in found if isinstance(a, Given))
+                same = type(layer) in _SAME
+                return found[0] if same else Given(_opaque_module(node.target, layer, own, params, (), values).value)
+            step = _module_step(node.target, layer, own, params, steps, [_as_ref(a, steps) for a in found])
         else:
+            if found:
+                check_overwrites(node, None)
             if not refs:
-                return _call(node, args, kwargs)
-            _check_overwrites(node, None)
-            step = _function_step(node, args, kwargs, steps, refs)
+                return given_value(node, args, kwargs, len(steps[0].value)) if found else call(node, args, kwargs)
+            step = function_step(node, args, kwargs, steps, refs)
         if not isinstance(step, Step):
             return step
         steps.append(step)
-        return _Ref(len(steps) - 1)
+        return Ref(len(steps) - 1)
+
+
+def _as_ref(a: Ref | Given, steps: list[Step]) -> Ref:
+    """The step that an argument comes from; of the data, one put right before its use, so that cuts stay cuts."""
+    if isinstance(a, Ref):
+        return a
+    if a.value is steps[0].value and len(steps) == 1:
+        return Ref(0)
+    steps.append(InputStep(f"input {len(steps)}", (), a.value))
+    return Ref(len(steps) - 1)
 
 
 _WHOLE = "network"  # name of the one step of a network that cannot be read
-
-
-class _NotAStepError(Exception):
-    """The graph does something that has no step: the network is then taken as one."""
-
-
-@dataclass(frozen=True)
-class _Ref:
-    """Stands for the value of a step among the arguments of an operation."""
-
-    index: int
 
 
 def _graph(network: nn.Module) -> fx.Graph:
@@ -177,6 +190,7 @@ def read(network: nn.Module) -> Graph:
     values = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         nodes: list[fx.Node] | None = list(_graph(network).nodes)
+        read_of = {str(n.target): operator.attrgetter(str(n.target))(network) for n in nodes if n.op == "get_attr"}
     except Exception:  # noqa: BLE001 - control flow on data raises whatever it likes
         return Graph(network, None, {}, frozenset())
     finally:
@@ -195,13 +209,14 @@ def read(network: nn.Module) -> Graph:
             own = {mine: canonical[id(p)] for mine, p in layer.named_parameters(remove_duplicate=False)}
             names[node.target] = own
             uses.update(own.values())
-        elif node.op == "get_attr" and id(value := operator.attrgetter(str(node.target))(network)) in canonical:
-            uses[canonical[id(value)]] += 2  # a function of a parameter: no step owns it
-    return Graph(network, nodes, names, frozenset(name for name, n in uses.items() if n > 1))
+        elif node.op == "get_attr" and (name := canonical.get(id(read_of[str(node.target)]))) is not None:
+            uses[name] += 2  # a function of a parameter: no step owns it
+    # what torch.fx had put on the network is no longer there
+    constants = {name: value for name, value in read_of.items() if name.startswith("_tensor_constant")}
+    return Graph(network, nodes, names, frozenset(name for name, n in uses.items() if n > 1), constants)
 
 
-def _attribute(network: nn.Module, target: Any, params: Params, dtype: torch.dtype) -> Any:  # noqa: ANN401
-    value = operator.attrgetter(str(target))(network)
+def _attribute(network: nn.Module, value: Any, params: Params, dtype: torch.dtype) -> Any:  # noqa: ANN401
     for name, parameter in network.named_parameters():
         if parameter is value:
             return params[name]
@@ -214,8 +229,8 @@ def _copy(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _module_step(
-    name: str, layer: nn.Module, own: dict[str, str], params: Params, steps: list[Step], refs: list[_Ref]
-) -> Step | _Ref:
+    name: str, layer: nn.Module, own: dict[str, str], params: Params, steps: list[Step], refs: list[Ref]
+) -> Step | Ref:
     kind, indices = type(layer), tuple(ref.index for ref in refs)
     source = steps[indices[0]]
     x = source.value
@@ -238,26 +253,15 @@ def _module_step(
         return AffineStep(name, indices, x * slope, slope, own["weight"], None, x.clamp(max=0), len(weight))
     if kind in FIXED:
         return fixed_step(name, layer, x, indices)
+    if kind in NORMALISED:
+        step = norm_step(name, layer, own, params, x, indices)
+        if step is not None:
+            return step
     if kind in (nn.Flatten, nn.Unflatten):
         value = layer(x)
         if value.shape[0] == len(x):
             return ReshapeStep(name, indices, value, x.shape[1:])
     return _opaque_module(name, layer, own, params, indices, tuple(steps[i].value for i in indices))
-
-
-def _check_overwrites(node: fx.Node, layer: nn.Module | None) -> None:
-    """Refuse an operation in place whose input others read, too: the graph does not say which numbers they see."""
-    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    is_in_place = what.endswith("_") or what in {"iadd", "isub", "imul", "itruediv"}
-    if not (is_in_place if layer is None else getattr(layer, "inplace", False)):
-        return
-    source = node.all_input_nodes[0]
-    if len(source.users) > 1:
-        raise UnsupportedError(
-            "activations in place only where nobody else reads their input",
-            f"{node.name!r} overwriting the output of {source.name!r}, which is read elsewhere",
-            "Use inplace=False.",
-        )
 
 
 def _linear_step(
@@ -334,7 +338,7 @@ def _opaque_module(
     mine = {full: params[full] for full in own.values()}
     value = function(mine, *inputs)
     if not isinstance(value, Tensor) and name != _WHOLE:
-        raise _NotAStepError  # the network may still make one tensor of it
+        raise NotAStepError  # the network may still make one tensor of it
     if not isinstance(value, Tensor) or value.shape[:1] != inputs[0].shape[:1]:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise UnsupportedError(
@@ -343,50 +347,3 @@ def _opaque_module(
             "Wrap it in a module that does.",
         )
     return OpaqueStep(name, indices, value, function, inputs, mine)
-
-
-def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def _function_step(node: fx.Node, args: Any, kwargs: Any, steps: list[Step], refs: list[_Ref]) -> Any:  # noqa: ANN401
-    indices = tuple(ref.index for ref in refs)
-    values = tuple(steps[i].value for i in indices)
-
-    def run(*given: Tensor) -> Any:  # noqa: ANN401
-        queue = iter(given)
-        plain_args, plain_kwargs = map_aggregate(
-            (args, kwargs), lambda a: next(queue).clone() if isinstance(a, _Ref) else a
-        )
-        return _call(node, plain_args, plain_kwargs)
-
-    what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if "dropout" in what:
-        if (kwargs | dict(zip(("input", "p", "training"), args, strict=False))).get("training", True):
-            raise UnsupportedError(
-                "a network that gives the same outputs twice",
-                f"{what} {node.name!r} that draws random numbers",
-                "Pass training=self.training, and call model.eval().",
-            )
-        return refs[0]
-    value = run(*values)
-    if not isinstance(value, Tensor):
-        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
-            raise _NotAStepError
-        return value  # a shape, a size
-    n_rows = len(steps[0].value)
-    if value.shape[:1] != (n_rows,):
-        raise _NotAStepError
-    name = f"{node.name}()"  # never that of a module
-    if len(indices) == 1:
-        is_same_shape = value.shape == values[0].shape
-        if what in _RESHAPES and value[0].numel() == values[0][0].numel():
-            return ReshapeStep(name, indices, value, values[0].shape[1:])
-        if is_same_shape and what in ELEMENTWISE_FUNCTIONS | _ADD | _SUBTRACT:
-            return elementwise_step(name, run, values[0], indices)
-    elif what in _ADD | _SUBTRACT and all(v.shape == value.shape for v in values) and len(args) == 2 and not kwargs:
-        return AddStep(name, indices, value, (1.0, 1.0 if what in _ADD else -1.0))
-    return OpaqueStep(name, indices, value, lambda params, *given: run(*given), values, {}, is_sized=True)

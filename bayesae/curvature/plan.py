@@ -10,9 +10,11 @@ from torch import nn
 
 from bayesae.curvature.hessian import Hessian
 from bayesae.curvature.linear import ConvStep, LinearStep, MatrixStep
-from bayesae.curvature.linearisation import cuts, last_spatial
+from bayesae.curvature.linearisation import cuts
 from bayesae.curvature.locality import Field, fields_of, n_colours
+from bayesae.curvature.normalised import NormStep
 from bayesae.curvature.steps import AffineStep, OpaqueStep, ReshapeStep, SlopeStep, Step
+from bayesae.curvature.tail import hessian_at, last_layer
 
 __all__ = ["NUMBERS_IN_CACHE", "Line", "Plan", "make_plan", "operations", "reach_for", "row_numbers"]
 
@@ -122,7 +124,7 @@ def carry_lines(steps: Sequence[Step], start: int, n_rows: int, *, is_form: bool
     is_shared, has_slope = start == len(steps) - 1, False  # whether all data share the rows
     for i in range(start, 0, -1):
         step = steps[i]
-        width, n_in = step.width, steps[step.sources[0]].width
+        width, n_in = step.width, steps[step.sources[0]].width if step.sources else step.width
         if i in through and n_rows > width and not is_form:
             lines.append(Line(step.name, "cut", width, 2.0 * n_rows * width**2, n_rows * width))
             n_rows, is_shared = width, False
@@ -167,7 +169,7 @@ def row_numbers(steps: Sequence[Step], lowest: int, n_rows: int, *, is_rotated: 
     is_form, is_shared, has_slope = True, True, False
     for i in range(len(steps) - 1, lowest, -1):
         step = steps[i]
-        width, n_in = step.width, steps[step.sources[0]].width
+        width, n_in = step.width, steps[step.sources[0]].width if step.sources else step.width
         is_form = is_form and i in through and _is_form_step(step)
         if not is_form:
             most = max(most, n_rows * max(width, n_in))
@@ -204,7 +206,7 @@ def make_plan(
     Returns:
         The plan.
     """
-    end = last_spatial(steps)
+    end, at_end = last_layer(steps), hessian_at(hessian, steps)
     itemsize = steps[-1].value.element_size()
     best: tuple[int | None, dict[int, str], dict[int, Field], list[Line]]
     is_form = hessian.blocks is None
@@ -215,13 +217,13 @@ def make_plan(
         {},
         carry_lines(steps, len(steps) - 1, hessian.n_outputs, is_form=is_form, is_constant=is_constant),
     )
-    # blocks keep the outputs' own shape, so that a reshaping after the last layer leaves only rows
-    if not _starts_with_form(steps) and (hessian.blocks is None or end == len(steps) - 1):
+    # where a group of outputs does not stand at one position of the last layer, there are only rows
+    if not _starts_with_form(steps) and at_end is not None:
         fields = fields_of(steps[: end + 1], layers) if colours != "none" else [None] * (end + 1)
         through = cuts(steps)
         for cut in sorted(through - {0}):
             if cut < end and steps[cut].width < hessian.n_outputs:
-                option = _with_cut(steps, hessian, cut, end, fields, colours, shared)
+                option = _with_cut(steps, at_end, cut, end, fields, colours, shared)
                 if sum(line.operations for line in option[3]) < sum(line.operations for line in best[3]):
                     best = option
     numbers = max((line.numbers for line in best[3]), default=1)
@@ -264,7 +266,9 @@ def _with_cut(
     n_outputs, channels = hessian.n_outputs, steps[end].value.shape[1]
     # rows stay the same for all data until they meet the first slope, unless H differs
     is_constant = hessian.diagonal is not None and hessian.diagonal.dim() == 0
-    slopes = [i for i in range(cut, end + 1) if isinstance(steps[i], (SlopeStep, OpaqueStep)) or not is_constant]
+    slopes = [
+        i for i in range(cut, end + 1) if isinstance(steps[i], (SlopeStep, NormStep, OpaqueStep)) or not is_constant
+    ]
     last = max(slopes, default=cut)
     widest = {i: max((step.width for step in steps[i : last + 1]), default=1) for i in [cut, *above]}
     routes, chosen, lines, rows_from, is_cheaper_than_use = {}, {}, [], None, {}
@@ -280,7 +284,7 @@ def _with_cut(
             field = None
         if field is not None and is_served and hessian.axis == 1:
             n_colour = n_colours(field, reach_for(step, field, colours), channels)
-        n_own = step.n_channels * len(step.names) if isinstance(step, AffineStep) else 0
+        n_own = step.n_channels * len(step.names) if isinstance(step, (AffineStep, NormStep)) else 0
         bias = step.value.shape[1] if colours == "all" and isinstance(step, ConvStep) and step.bias is not None else 0
         options: dict[str, tuple[int, float]] = {
             "rows": (n_outputs, n_outputs * path[i] + _contribution(step, n_outputs))
@@ -293,7 +297,7 @@ def _with_cut(
             )
             cost = n_colour * path[i] + bias * path[i] + shares * (2 * operations(step) + 4.0 * n_colour * step.width)
             options["colours"] = (n_colour, cost)
-        if colours != "none" and isinstance(step, AffineStep):
+        if colours != "none" and isinstance(step, (AffineStep, NormStep)):
             options["columns"] = (n_own, n_own * (path[i] + 8.0 * step.width))
         route = min(options, key=lambda name: options[name][1])
         # once the rows come by for a layer below, only what is done with them counts

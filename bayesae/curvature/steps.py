@@ -104,7 +104,11 @@ def _rows(value: Any, rows: slice) -> Any:  # noqa: ANN401 - a tensor or a tuple
 
 @dataclass(frozen=True)
 class InputStep(Step):
-    """The data."""
+    """The data, or what is computed from them without parameters."""
+
+    def pull(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """It has no sources."""
+        return ()
 
 
 @dataclass(frozen=True)

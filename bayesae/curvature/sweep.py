@@ -10,11 +10,13 @@ from torch import Tensor
 
 from bayesae.curvature.hessian import Hessian, HessianFunction, read_hessian
 from bayesae.curvature.linear import ConvStep, LinearStep
-from bayesae.curvature.linearisation import Linearisation, cuts, last_spatial, pull, push
+from bayesae.curvature.linearisation import Linearisation, cuts, pull, push
 from bayesae.curvature.locality import Field, colour_masks
+from bayesae.curvature.normalised import NormStep
 from bayesae.curvature.plan import NUMBERS_IN_CACHE, Plan, make_plan, reach_for
 from bayesae.curvature.quadratic import QuadraticForm
 from bayesae.curvature.steps import AffineStep, ReshapeStep, SlopeStep, Step
+from bayesae.curvature.tail import hessian_at, last_layer
 
 __all__ = ["Visitor", "carry", "narrowest", "plan", "plan_of", "rows_at_once", "sweep", "unit_rows"]
 
@@ -133,21 +135,14 @@ def _chunk(lin: Linearisation, steps: list[Step], hessian: Hessian, visitor: Vis
             core = diagonal if diagonal.dim() == 0 else diagonal.flatten(1)
             carry(lin, steps, len(steps) - 1, QuadraticForm(hessian.n_outputs, core), visitor)
         return
-    end = last_spatial(steps)
-    _above(steps[: end + 1], hessian_at(hessian, steps[end].value), visitor, plan)
+    at_end = hessian_at(hessian, steps)
+    assert at_end is not None  # else there were no plan with a cut
+    _above(steps[: last_layer(steps) + 1], at_end, visitor, plan)
     columns = push(steps, {plan.cut: _unit_columns(steps[plan.cut].value)})
     assert columns is not None
     flat = columns.flatten(2)
     moved = Hessian(hessian.shape, hessian.diagonal, hessian.blocks, hessian.axis).apply(columns).flatten(2)
     carry(lin, steps, plan.cut, QuadraticForm.of_gram(flat, moved), visitor)
-
-
-def hessian_at(hessian: Hessian, value: Tensor) -> Hessian:
-    """H in the shape of the last layer, before the outputs were reshaped."""
-    diagonal = hessian.diagonal
-    if diagonal is not None and diagonal.dim():
-        diagonal = diagonal.reshape(len(diagonal), *value.shape[1:])
-    return Hessian(torch.Size((hessian.shape[0], *value.shape[1:])), diagonal, hessian.blocks, hessian.axis)
 
 
 def unit_rows(hessian: Hessian, outputs: Tensor) -> Tensor:
@@ -193,7 +188,7 @@ def _above(steps: list[Step], hessian: Hessian, visitor: Visitor, plan: Plan) ->
     for i, route in plan.routes.items():
         step = steps[i]
         if route == "columns":
-            assert isinstance(step, AffineStep)
+            assert isinstance(step, (AffineStep, NormStep))
             eye = torch.eye(step.n_channels, dtype=step.value.dtype, device=step.value.device)
             for name in step.names:
                 _show_columns(steps, hessian, visitor, i, name, step.push_parameters({name: eye}))
@@ -217,7 +212,7 @@ def _show_columns(
 def narrowest(steps: Sequence[Step], n_rows: int) -> int:
     """The narrowest step that every path passes and that has weights before it; 0 if none is narrower than n_rows."""
     first = next((i for i in range(1, len(steps)) if steps[i].names), len(steps))
-    candidates = [i for i in cuts(steps) if first <= i < last_spatial(steps) and steps[i].width < n_rows]
+    candidates = [i for i in cuts(steps) if first <= i < last_layer(steps) and steps[i].width < n_rows]
     return min(candidates, key=lambda i: (steps[i].width, -i), default=0)
 
 

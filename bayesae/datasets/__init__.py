@@ -1,4 +1,4 @@
-"""Data sets as tensors of images in [0, 1]."""
+"""Data sets as tensors: images in [0, 1], and tables with labelled anomalies."""
 
 from bayesae.datasets.load import NAMES, load
 

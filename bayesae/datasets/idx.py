@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import os
-import tempfile
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bayesae.datasets.files import find
 from bayesae.errors import DataError
 
 __all__ = ["IdxSource", "read_idx"]
@@ -69,9 +65,6 @@ class IdxSource:
     def read(self, split: str, what: str) -> np.ndarray:
         """Read ``images`` or ``labels`` of a split.
 
-        Looked for under ``$BAYESAE_DATA`` (never written to) and in the cache folder (``$BAYESAE_CACHE``, or
-        ``~/.cache/bayesae``), else downloaded to the cache.
-
         Args:
             split: "train" or "test".
             what: "images" or "labels".
@@ -83,30 +76,4 @@ class IdxSource:
             DataError: If the file is nowhere and cannot be downloaded.
         """
         name = _FILES[split, what]
-        cache = Path(os.environ.get("BAYESAE_CACHE", Path.home() / ".cache" / "bayesae"))
-        roots = [Path(root) for root in (os.environ.get("BAYESAE_DATA"), cache) if root]
-        for root in roots:
-            for path in (root / self.folder / "raw" / name, root / self.folder / name):
-                if path.exists():
-                    return read_idx(path)
-        return read_idx(self._download(name, cache / self.folder / "raw" / name))
-
-    def _download(self, name: str, path: Path) -> Path:
-        try:
-            with urllib.request.urlopen(self.url + name, timeout=30) as response:
-                content = response.read()
-        except (urllib.error.URLError, OSError) as error:
-            raise DataError(
-                f"{self.folder}/raw/{name} under $BAYESAE_DATA or a connection to download it",
-                f"neither ({error})",
-                f"Offline, put the original file there and set BAYESAE_DATA to the folder above {self.folder}.",
-            ) from error
-        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        if found != self.md5[name]:
-            raise DataError(f"{name} with md5 {self.md5[name]}", found, "The download is damaged: try again.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        # atomic: two processes may download at once
-        Path(file.name).replace(path)
-        return path
+        return read_idx(find(self.url + name, self.md5[name], (f"{self.folder}/raw/{name}", f"{self.folder}/{name}")))

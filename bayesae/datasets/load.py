@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.datasets.adbench import TABLES, split_rows
 from bayesae.datasets.idx import IdxSource
 from bayesae.errors import DataError
 
@@ -48,42 +49,54 @@ _IDX = {
         },
     ),
 }
-NAMES = ("digits", *_IDX)
+NAMES = ("digits", *_IDX, *TABLES)
 """Names that `load` knows."""
 
 
 @overload
-def load(name: str = ..., *, split: Split = ..., labels: Literal[False] = ...) -> Tensor: ...
-@overload
-def load(name: str = ..., *, split: Split = ..., labels: Literal[True]) -> tuple[Tensor, Tensor]: ...
+def load(name: str = ..., *, split: Split = ..., labels: Literal[False] = ..., seed: int | None = ...) -> Tensor: ...
 @overload
 def load(
-    name: str = ..., *, split: tuple[Split, ...] | list[Split], labels: Literal[False] = ...
+    name: str = ..., *, split: Split = ..., labels: Literal[True], seed: int | None = ...
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def load(
+    name: str = ..., *, split: tuple[Split, ...] | list[Split], labels: Literal[False] = ..., seed: int | None = ...
 ) -> tuple[Tensor, ...]: ...
 @overload
 def load(
-    name: str = ..., *, split: tuple[Split, ...] | list[Split], labels: Literal[True]
+    name: str = ..., *, split: tuple[Split, ...] | list[Split], labels: Literal[True], seed: int | None = ...
 ) -> tuple[tuple[Tensor, Tensor], ...]: ...
 def load(
-    name: str = "digits", *, split: Split | Sequence[Split] = "train", labels: bool = False
+    name: str = "digits",
+    *,
+    split: Split | Sequence[Split] = "train",
+    labels: bool = False,
+    seed: int | None = None,
 ) -> Tensor | tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-    """Load images by name, as float32 in [0, 1].
+    """Load a data set by name: images as float32 in [0, 1], tables as float64 in their own units.
 
     ``digits`` comes with scikit-learn: 1,797 images of 8 x 8, of which a fixed random fifth (359) is the test
     split. The others are 60,000 + 10,000 images of 28 x 28, read from gzip'd idx files under ``$BAYESAE_DATA`` as
     they are, or downloaded once to a cache folder.
 
+    The tables ``adbench/...`` have labelled anomalies and no official split: a random half of the normal rows is
+    the training split (labels all 0), and the other half with all anomalies (label 1) is the test split. Rows with
+    equal values fall on one side together, on the test side if one of them is an anomaly.
+
     Args:
         name: One of `NAMES`.
         split: "train", "test", or a sequence of them.
-        labels: Give (images, labels) for every split in place of images.
+        labels: Give (rows, labels) for every split in place of rows.
+        seed: Of a table's split; None is 0. Images have one split.
 
     Returns:
-        Images (N, 1, height, width), or (images, labels) with labels (N,) int64; a tuple of these if ``split`` is a
-        sequence.
+        Images (N, 1, height, width) or a table's rows (N, D), or (rows, labels) with labels (N,) int64; a tuple of
+        these if ``split`` is a sequence.
 
     Raises:
-        DataError: If the name or split is unknown, or a file is neither here nor can be downloaded.
+        DataError: If the name or split is unknown, a file is neither here nor can be downloaded, or a seed is given
+            for images.
 
     Example:
         >>> train, test = load("digits", split=("train", "test"))
@@ -91,9 +104,16 @@ def load(
         ((1438, 1, 8, 8), (359, 1, 8, 8))
     """
     if not isinstance(split, str):
-        return tuple(load(name, split=one, labels=labels) for one in split)  # pyright: ignore[reportReturnType]
+        return tuple(load(name, split=one, labels=labels, seed=seed) for one in split)  # pyright: ignore[reportReturnType]
     if name not in NAMES or split not in ("train", "test"):
         raise DataError(f"a name of {NAMES} and a split 'train' or 'test'", f"{name!r}, {split!r}", "See load().")
+    if name in TABLES:
+        values, anomalies = TABLES[name].read()
+        chosen = split_rows(values, anomalies, split, 0 if seed is None else seed)
+        rows = torch.from_numpy(values[chosen])
+        return (rows, torch.from_numpy(anomalies[chosen])) if labels else rows
+    if seed is not None:
+        raise DataError("no seed for images", f"seed={seed} for {name!r}", "Their split is fixed; leave it out.")
     if name == "digits":
         images, targets = _digits(split)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -36,6 +37,7 @@ class Normal(ABC):
     mean: Params
     subset: Subset
     is_linearised: bool
+    info: Mapping[str, float]
 
     @property
     def n_atoms(self) -> int | None:

@@ -73,7 +73,8 @@ class LowRankNormal(Normal):
 
     def covariance(self) -> LowRankCovariance:
         """The inverse of the precision: a diagonal less a low rank."""
-        return LowRankCovariance(self._in_shape(1 / self.diagonal), self._in_shape(self._removed), sign=-1)
+        removed = self._in_shape(self._removed) if len(self.factor) else {}
+        return LowRankCovariance(self._in_shape(1 / self.diagonal), removed, sign=-1)
 
     def _point(self) -> Params:
         # along the factor the covariance is a difference that float32 loses: 1 / d less nearly all of it

@@ -1,4 +1,4 @@
-"""Likelihoods on the unit interval; the network gives logits."""
+"""The Bernoulli likelihood; the network gives logits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bayesae.errors import DataError
-from bayesae.functional import at_least_float32
-from bayesae.likelihoods.base import Head, sum_numbers
+from bayesae.likelihoods.base import Head, check_range, softplus
 
 __all__ = ["Bernoulli"]
 
@@ -53,26 +50,12 @@ class Bernoulli(Head):
     """
 
     def check(self, target: Tensor) -> None:
-        r"""Raise unless all of ``target`` lies in [0, 1].
+        r"""Raise unless all of ``target`` (B, \*D) lies in [0, 1]."""
+        check_range(target, "Bernoulli")
 
-        Args:
-            target: (B, \*O).
-
-        Raises:
-            DataError: Giving the range that came.
-        """
-        low, high = float(target.min()), float(target.max())
-        if low < 0 or high > 1:
-            raise DataError(
-                "Bernoulli data in [0, 1]",
-                f"values from {low:.4g} to {high:.4g}",
-                "Scale the data (x / 255 for bytes), or use a Gaussian likelihood.",
-            )
-
-    def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Log-probability in nats, (..., B)."""
-        outputs = at_least_float32(outputs)
-        return sum_numbers(target * outputs - F.softplus(outputs), target, mask)
+    def log_density(self, outputs: Tensor, target: Tensor) -> Tensor:
+        r"""Log-probability of every number, nats, (..., B, \*D)."""
+        return target * outputs - softplus(outputs)
 
     def distribution(self, outputs: Tensor) -> torch.distributions.Bernoulli:
         """Bernoulli."""

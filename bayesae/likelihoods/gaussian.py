@@ -1,4 +1,4 @@
-"""Gaussian likelihoods."""
+"""The Gaussian likelihood with constant noise: shared, or one scale for every number of a row."""
 
 from __future__ import annotations
 
@@ -7,101 +7,92 @@ import math
 import torch
 from torch import Tensor
 
-from bayesae.errors import DataError, NotFittedError
-from bayesae.functional import at_least_float32
-from bayesae.likelihoods.base import Head, sum_numbers
+from bayesae.likelihoods.noise import Positive, log, root
+from bayesae.likelihoods.scales import ScaledHead
 
-__all__ = ["Gaussian"]
+__all__ = ["Gaussian", "log_normal_density"]
 
 
-class Gaussian(Head):
-    r"""Independent Gaussian outputs of one noise scale.
+class Gaussian(ScaledHead):
+    r"""Independent Gaussian outputs of one noise scale, or of one for every number of a row.
 
-    .. math:: \log p(x \mid f) = -\tfrac12 \sum_o \Big[\frac{(x_o - f_o)^2}{\sigma^2}
-              + \log 2\pi\sigma^2 \Big], \qquad H = I / \sigma^2
+    .. math:: \log p(x \mid f) = -\tfrac12 \sum_d \Big[\frac{(x_d - f_d)^2}{\sigma_d^2}
+              + \log 2\pi\sigma_d^2 \Big], \qquad H = \operatorname{diag}(1 / \sigma_d^2)
 
     Args:
-        scale: Standard deviation of the noise, units of x. None: estimated as the root mean squared residual, by
-            `fit_model` while it trains or by `estimate_noise` for a network trained elsewhere.
+        scale: Standard deviation of the noise, units of x: a number, or numbers (\*D) with ``per_output``. None:
+            estimated as the root mean squared residual, by `fit_model` while it trains or by `estimate_noise` for a
+            network trained elsewhere.
+        per_output: Whether every number of a row has a scale of its own; False, because one scale is estimated from
+            D times as many residuals.
         floor: Lower bound of an estimated scale, units of x. A network that copies its input would otherwise
-            drive the scale, and with it every density, to infinity; 1e-3 is a quarter of a grey level of 256.
+            drive the scale, and with it every density, to infinity; 1e-3 is a quarter of a grey level of 256. With
+            ``per_output`` numbers that never vary (dead pixels) end there.
 
-    Exact when: the residuals are Gaussian with one variance.
+    Exact when: the residuals are Gaussian with one variance (of each number, with ``per_output``).
     Biased when: the scale is estimated on the rows that trained the network: it is then too small for new rows.
+    Cost: one pass over the numbers.
 
     Raises:
-        DataError: If ``scale`` or ``floor`` is not positive and finite.
+        DataError: If ``scale`` or ``floor`` is not positive and finite, or several scales come without ``per_output``.
         NotFittedError: If a density is asked for before the scale was estimated.
+        ShapeError: If there are not as many scales as numbers in a row.
+
+    References:
+        Departure: with ``per_output`` a number that no row observed takes the mean squared residual of the others.
     """
 
-    def __init__(self, scale: float | None = None, *, floor: float = 1e-3) -> None:
-        super().__init__()
-        for name, value in (("scale", scale), ("floor", floor)):
-            if value is not None and not (0 < value < math.inf):
-                raise DataError(f"a positive, finite {name}", repr(value), f"Give {name} in the units of the data.")
-        self.is_learned, self.floor = scale is None, floor
-        # a Python float: a float32 buffer would be off by 1e-8 in a model that is cast to float64
-        self._var = None if scale is None else float(scale) ** 2
+    def __init__(self, scale: Positive | None = None, *, per_output: bool = False, floor: float = 1e-3) -> None:
+        super().__init__(scale, per_output, floor)
 
     @property
-    def noise_var(self) -> float:
-        """Noise variance, units of x squared; raises `NotFittedError` before it is known."""
-        if self._var is None:
-            raise NotFittedError(
-                "a noise scale",
-                "Gaussian() whose scale was never estimated",
-                "Call fit_model or estimate_noise(model, data), or give Gaussian(scale=...).",
-            )
-        return self._var
+    def noise_var(self) -> float | Tensor:
+        """Noise variance, units of x squared, a float or float64 (D,); raises `NotFittedError` before it is known."""
+        return self._known
 
-    @property
-    def is_estimated(self) -> bool:
-        """Whether the noise variance is known."""
-        return self._var is not None
-
-    def set_noise_var(self, var: float) -> None:
+    def set_noise_var(self, var: float | Tensor) -> None:
         """Store an estimated noise variance, no lower than the floor; for the functions that fit."""
-        self._var = max(float(var), self.floor**2)
+        self._store(torch.as_tensor(var, dtype=torch.float64))
 
-    def get_extra_state(self) -> Tensor:
-        """The noise variance for ``state_dict``; NaN while unknown."""
-        return torch.tensor(math.nan if self._var is None else self._var, dtype=torch.float64)
+    def _terms(self, outputs: Tensor, target: Tensor) -> Tensor:
+        squares = (target - outputs) ** 2
+        return torch.stack([squares, torch.ones_like(squares)])
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take the noise variance from a ``state_dict``."""
-        self._var = None if bool(state.isnan()) else float(state)
+    def update_noise(self, statistics: Tensor) -> bool:
+        """Set the noise variance to the mean squared residual; one pass settles it.
 
-    def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Log-density in nats, (..., B)."""
-        var = self.noise_var
-        outputs = at_least_float32(outputs)
-        values = -0.5 * ((target - outputs) ** 2 / var + math.log(2 * math.pi * var))
-        return sum_numbers(values, target, mask)
+        Args:
+            statistics: Sums of `noise_statistics`: squared residuals, and counts.
+
+        Returns:
+            False.
+        """
+        squares, counts = self._totals(statistics, count=1)
+        self._store(squares / counts)
+        return False
+
+    def log_density(self, outputs: Tensor, target: Tensor) -> Tensor:
+        r"""Log-density of every number, nats, (..., B, \*D)."""
+        return log_normal_density(target, outputs, self._like(outputs))
 
     def distribution(self, outputs: Tensor) -> torch.distributions.Normal:
         """Normal, of this noise scale."""
-        return torch.distributions.Normal(outputs, math.sqrt(self.noise_var), validate_args=False)
-
-    def mean(self, outputs: Tensor) -> Tensor:
-        """The outputs themselves."""
-        return outputs
+        scale = root(self._like(outputs))
+        return torch.distributions.Normal(outputs, scale, validate_args=False)
 
     def variance(self, outputs: Tensor) -> Tensor:
         """The noise variance, expanded to the outputs."""
-        return outputs.new_tensor(self.noise_var).expand(outputs.shape)
+        return self._constant(self._like(outputs), outputs).expand(outputs.shape)
 
     def output_hessian(self, outputs: Tensor) -> Tensor:
-        """1 / noise variance, constant: shape ()."""
-        return outputs.new_tensor(1 / self.noise_var)
-
-    def normal_moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact: the identity link keeps a Normal a Normal."""
-        return mean, self.variance(mean), var
+        r"""1 / noise variance, constant: shape () for shared noise, else (B, \*O)."""
+        return self._constant(1 / self._like(outputs), outputs)
 
     def log_predictive(self, mean: Tensor, var: Tensor, target: Tensor) -> Tensor:
-        """Log N(target; mean, var), pixel by pixel."""
-        return -0.5 * ((target - mean) ** 2 / var + torch.log(2 * math.pi * var))
+        """Log N(target; mean, var), number by number."""
+        return log_normal_density(target, mean, var)
 
-    def extra_repr(self) -> str:
-        """Scale and how it came about, for ``repr``."""
-        return f"scale={None if self._var is None else math.sqrt(self._var)}, is_learned={self.is_learned}"
+
+def log_normal_density(x: Tensor, mean: Tensor, var: float | Tensor) -> Tensor:
+    """Log N(x; mean, var), number by number."""
+    return -0.5 * ((x - mean) ** 2 / var + log(2 * math.pi * var))

@@ -1,5 +1,24 @@
-"""Networks as plain modules that map tensors to tensors."""
+"""Networks as plain modules that map tensors to tensors, each with a ``recipe`` from which `build` makes it again."""
 
+from bayesae.nets.context import Conditional, Offset
+from bayesae.nets.conv import conv_decoder, conv_encoder
 from bayesae.nets.mlp import mlp
+from bayesae.nets.parts import OneHot, Residual
+from bayesae.nets.recipe import build, names
+from bayesae.nets.sequence import sequence_decoder, sequence_encoder
 
-__all__ = ["mlp"]
+__all__ = [
+    "NAMES",
+    "Conditional",
+    "Offset",
+    "OneHot",
+    "Residual",
+    "build",
+    "conv_decoder",
+    "conv_encoder",
+    "mlp",
+    "sequence_decoder",
+    "sequence_encoder",
+]
+
+NAMES = names()

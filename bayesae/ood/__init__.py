@@ -1,5 +1,6 @@
-"""Scores of unfamiliar data; every one of them is higher for what is stranger."""
+"""Scores of unfamiliar data, and their parts number by number; every one of them is higher for what is stranger."""
 
+from bayesae.ood.contributions import Contributions, contribution_draws, contribution_moments, contributions
 from bayesae.ood.scores import (
     disagreement,
     negative_log_density,
@@ -10,6 +11,10 @@ from bayesae.ood.scores import (
 )
 
 __all__ = [
+    "Contributions",
+    "contribution_draws",
+    "contribution_moments",
+    "contributions",
     "disagreement",
     "negative_log_density",
     "negative_log_predictive",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bayesae.draws import Draws, Moments, logmeanexp_over_weights, mean_over_weights
-from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.errors import UnsupportedError
+from bayesae.ood.contributions import contributions, rows_of
 
 __all__ = [
     "disagreement",
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-def negative_log_density(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
+def negative_log_density(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | None = None) -> Tensor:
     r"""Minus the log predictive density with the full variance of every pixel.
 
     .. math:: -\sum_o \log p(x_o \mid \mathbb{E}[x_o], \operatorname{Var}[x_o]), \qquad
@@ -30,10 +30,12 @@ def negative_log_density(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
     Both ways of being strange count: an error that the variance does not explain, and (through the
     log-determinant) a variance that familiar data do not have. Neither part alone does: the summed variance of
     a dark image is small because dark pixels move few weights, however badly it is reconstructed.
+    `contributions` are its parts, pixel by pixel.
 
     Args:
         moments: Moments of the predictive at x.
         x: (B, \*data).
+        mask: True where x was observed, (B, \*data); other entries, which may be NaN, count 0.
 
     Returns:
         (B,), in nats.
@@ -41,7 +43,7 @@ def negative_log_density(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
     Exact when: pixels are independent given x's moments, and Gaussian (or binary).
     Biased when: errors are correlated across pixels: their evidence is counted once per pixel.
     """
-    return -moments.log_prob(_like(x, moments.mean)).flatten(1).sum(1)
+    return contributions(moments, x, mask).flatten(1).sum(1)
 
 
 def negative_log_predictive(draws: Draws) -> Tensor:
@@ -147,14 +149,9 @@ def reconstruction_error(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
 
     Raises:
         ShapeError: If x is not the rows of the moments.
+        UnsupportedError: If x are classes without an order, which have no difference.
     """
-    return ((_like(x, moments.mean) - moments.mean) ** 2).flatten(1).sum(1)
-
-
-def _like(x: Tensor | np.ndarray, mean: Tensor) -> Tensor:
-    x = torch.as_tensor(x)
-    if x.shape[0] != mean.shape[0] or x[0].numel() != mean[0].numel():
-        raise ShapeError(
-            f"x of shape {tuple(mean.shape)}", f"{tuple(x.shape)}", "Give the rows that the moments were made of."
-        )
-    return x.to(mean).reshape(mean.shape)
+    rows = rows_of(moments, x)
+    if rows.shape != moments.mean.shape:
+        raise UnsupportedError("numbers to subtract", "classes without an order", "Use negative_log_density.")
+    return ((rows - moments.mean) ** 2).flatten(1).sum(1)

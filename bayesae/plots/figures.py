@@ -1,4 +1,4 @@
-"""Rows of images, score histograms and reliability diagrams on axes that the caller makes."""
+"""Rows of images, heat maps, score histograms and reliability diagrams on axes that the caller makes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.errors import ShapeError
+
 if TYPE_CHECKING:  # the caller made the axes; importing the library should not load matplotlib
     from matplotlib.axes import Axes
 
-__all__ = ["images", "reliability", "score_histograms"]
+__all__ = ["heat_map", "images", "reliability", "score_histograms"]
 
 
 def images(axes: Axes, rows: Tensor, *, title: str, cmap: str = "gray", high: float | None = None) -> Axes:
@@ -37,6 +39,67 @@ def images(axes: Axes, rows: Tensor, *, title: str, cmap: str = "gray", high: fl
     axes.spines[:].set_visible(False)
     axes.set_ylabel(title, rotation=0, ha="right", va="center")
     return axes
+
+
+def heat_map(
+    axes: Axes,
+    image: Tensor,
+    values: Tensor,
+    *,
+    label: str | None = None,
+    low: float = 0.0,
+    high: float | None = None,
+    outline: Tensor | None = None,
+    cmap: str = "autumn_r",
+) -> Axes:
+    """Draw an image in grey under a value for every pixel, such as its contribution to a score.
+
+    Values of ``low`` and less are transparent and let the image through, ``high`` and more nearly opaque: colour and
+    opacity both say how strange a pixel is.
+
+    Args:
+        axes: Where to draw.
+        image: (height, width) or (channels, height, width), of which the mean is drawn; 0 is black and 1 white.
+        values: (height, width) or (channels, height, width), of which the sum is drawn.
+        label: What the values are, with their unit: written beside a colour bar. None draws no bar, where panels
+            of one scale stand side by side.
+        low: Lower end of the scale, units of ``values``.
+        high: Upper end; the largest value if None.
+        outline: True where a line should go around, shape as ``image``: a mask of a known defect, say.
+        cmap: Colour map.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ShapeError: If the pictures differ in height or width.
+    """
+    below, above = image.reshape(-1, *image.shape[-2:]).mean(0), values.reshape(-1, *values.shape[-2:]).sum(0)
+    if below.shape != above.shape:
+        raise ShapeError(f"values of shape {tuple(below.shape)}", f"{tuple(above.shape)}", "One for every pixel.")
+    below, above = (part.detach().cpu().double().numpy() for part in (below, above))
+    top = float(above.max()) if high is None else high
+    opacity = 0.85 * np.clip((above - low) / max(top - low, np.finfo(float).tiny), 0, 1)
+    axes.imshow(below, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    heat = axes.imshow(above, cmap=cmap, vmin=low, vmax=top, alpha=opacity, interpolation="nearest")
+    if outline is not None:
+        inside = outline.reshape(-1, *outline.shape[-2:]).any(0).cpu().numpy()
+        for first, second in _edges(inside):
+            axes.plot(*zip(first, second, strict=True), color="cyan", linewidth=0.8)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure = axes.get_figure()
+    if label is not None and figure is not None:
+        figure.colorbar(heat, ax=axes, label=label, extend="both")
+    return axes
+
+
+def _edges(inside: np.ndarray) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """Sides (x, y) to (x, y) of the pixels where a mask and its outside meet."""
+    padded = np.pad(inside, 1).astype(np.int8)
+    across, down = np.diff(padded, axis=1)[1:-1], np.diff(padded, axis=0)[:, 1:-1]
+    upright = [((x - 0.5, y - 0.5), (x - 0.5, y + 0.5)) for y, x in zip(*np.nonzero(across), strict=True)]
+    return upright + [((x - 0.5, y - 0.5), (x + 0.5, y - 0.5)) for y, x in zip(*np.nonzero(down), strict=True)]
 
 
 def score_histograms(axes: Axes, scores: Mapping[str, Tensor], *, xlabel: str) -> Axes:

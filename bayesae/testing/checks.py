@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
-from bayesae import random
+from bayesae import encoding, random
 from bayesae.errors import BayesAEError
 from bayesae.testing.worlds import ConjugateRegression
 from bayesae.types import Params, WeightPosterior
@@ -21,7 +24,12 @@ class ConformanceError(BayesAEError, AssertionError):
 
 
 def run_inference(
-    inference: WeightInference, world: ConjugateRegression, *, n_batches: int = 1, seed: int = 0
+    inference: WeightInference,
+    world: ConjugateRegression,
+    *,
+    n_batches: int = 1,
+    seed: int = 0,
+    packed_after: Collection[int] = (),
 ) -> WeightPosterior:
     """Step a weight inference over a world, from its exact mean.
 
@@ -30,15 +38,27 @@ def run_inference(
         world: The problem.
         n_batches: Batches an epoch.
         seed: Of everything that the method draws.
+        packed_after: Numbers of updates after which the state is packed as for a checkpoint, and unpacked.
 
     Returns:
         The posterior.
     """
+
+    def kept(state: Any, n_updates: int) -> Any:  # noqa: ANN401 - each method has a state of its own
+        if n_updates not in packed_after:
+            return state
+        skeleton, tensors = encoding.flatten(inference.pack(state))
+        own = {name: leaf.clone() for name, leaf in tensors.items()}
+        packed = encoding.unflatten(json.loads(json.dumps(skeleton)), own)
+        return inference.unpack(packed, dict(world.mean), world.joint)
+
     with random.scope(seed):
-        state = inference.init(dict(world.mean), world.joint)
+        state, n_updates = kept(inference.init(dict(world.mean), world.joint), 0), 0
         for _ in range(inference.epochs):
             for batch in world.batches(n_batches):
                 state, _info = inference.update(state, batch, world.joint)
+                n_updates += 1
+                state = kept(state, n_updates)
         return inference.posterior(state, world.joint)
 
 
@@ -46,7 +66,8 @@ def check_weight_inference(inference: WeightInference, *, dtype: torch.dtype = t
     """Hold a weight inference against its protocol on a conjugate regression.
 
     Complete and finite draws of the right shape and dtype; the same seed, the same bits; the caller's generator,
-    the network and the starting weights untouched; hyper-parameters and posterior pickle.
+    the network and the starting weights untouched; hyper-parameters and posterior pickle; a state that was packed and
+    unpacked in the midst of a run, as a checkpoint is, goes on to the same bits.
 
     Args:
         inference: The method.
@@ -85,6 +106,12 @@ def check_weight_inference(inference: WeightInference, *, dtype: torch.dtype = t
     with random.scope(1):
         repeated = pickle.loads(pickle.dumps(again)).sample(3)
     _require(_equal(draws, repeated), "the same bits from the same seed, pickled or not", "others")
+
+    n_updates = 3 * inference.epochs
+    resumed = run_inference(inference, world, n_batches=3, packed_after={0, 1, n_updates // 2, n_updates})
+    with random.scope(1):
+        continued = resumed.sample(3)
+    _require(_equal(draws, continued), "the same bits from unpack(pack(state))", "others")
 
 
 def _equal(a: Params, b: Params) -> bool:

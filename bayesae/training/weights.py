@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from bayesae import objectives, random
 from bayesae.codes import CodePosterior, encode
-from bayesae.data import Data, batches, check_counts, count_rows
+from bayesae.data import Data, check_counts, count_rows
 from bayesae.draws import Draws
 from bayesae.functional import check_finite, check_is_evaluable, parameters_of
 from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.models import Autoencoder
+from bayesae.training.checkpoints import CheckpointFile, describe, describe_model, digest
+from bayesae.training.loop import Loop
 from bayesae.types import Batch, Params, WeightPosterior, WeightPrior
 from bayesae.weights import WeightInference
 
 __all__ = ["fit_weights", "log_joint"]
+
+
+@dataclass(frozen=True)
+class _RowDensity:
+    """log p(x | theta) of each row: an objective of a model's codes; a class, so that a joint pickles."""
+
+    model: Autoencoder
+    objective: Callable[[Draws], Tensor]
+    codes: CodePosterior
+
+    def __call__(self, params: Params, batch: Batch) -> Tensor:
+        return self.objective(self.codes(self.model.at(params), batch))
 
 
 def log_joint(
@@ -44,15 +61,11 @@ def log_joint(
         The joint; ``is_deterministic`` if the code is the plain encoder's.
     """
     check_is_evaluable(model)
-
-    def per_example(params: Params, batch: Batch) -> Tensor:
-        return objective(codes(model.at(params), batch))
-
     prior = IsotropicNormal() if weight_prior is None else weight_prior
     return LogJoint(
         model.network,
         model.likelihood,
-        per_example,
+        _RowDensity(model, objective, codes),
         prior,
         n_data,
         temperature,
@@ -71,6 +84,8 @@ def fit_weights(
     codes: CodePosterior = encode,
     weight_prior: WeightPrior | None = None,
     temperature: float = 1.0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
     n_data: int | None = None,
     seed: int | None = None,
     progress: bool | None = None,
@@ -80,15 +95,21 @@ def fit_weights(
     The model is copied first and never touched. A posterior over encoder weights under an objective in which the
     code has seen x is a generalised posterior.
 
+    With ``checkpoint`` the run can be killed at any moment: the same call goes on from the last checkpoint, and after
+    a finished run it returns the same posterior at once.
+
     Args:
         inference: The method, such as ``weights.Laplace()``.
         model: A trained autoencoder.
-        data: x alone, (N, \*data).
+        data: x alone, (N, \*data); a pass over a stream is ``n_data`` rows from its start.
         batch_size: Rows a step.
         objective: As for `fit_model`.
         codes: As for `fit_model`.
         weight_prior: p(theta); N(0, I) if None. Methods that tune it, `weights.Laplace` by default, say so.
         temperature: Divides the log-joint; 1 is Bayes.
+        checkpoint: A file that holds the run: replaced in one move at the start, after every pass, and every
+            ``checkpoint_every`` steps.
+        checkpoint_every: Steps between checkpoints within a pass; None writes after passes only.
         n_data: N, where the data have no length.
         seed: Of initialisations, the order of rows and any draw; None advances the caller's generator.
         progress: Show a progress bar; None shows it on a terminal only.
@@ -96,9 +117,13 @@ def fit_weights(
     Returns:
         A weight posterior of the method's family.
 
+    Exact when: a resumed run is the uninterrupted one bit for bit on a CPU; as for `fit_model`.
+    Cost: that of the method; a checkpoint is its state.
+
     Raises:
         DataError: If there are no rows, or they lie outside the likelihood's range.
         NonFiniteError: If weights, the log-joint or the data that the method reads are not finite.
+        FileError: If the checkpoint is damaged, or of a run with other arguments or weights.
     """
     check_counts(batch_size=batch_size)
     n_data = count_rows(data, n_data)
@@ -108,13 +133,48 @@ def fit_weights(
     joint = log_joint(
         frozen, n_data, objective=objective, codes=codes, weight_prior=weight_prior, temperature=temperature
     )
+    words = {
+        "inference": inference,
+        "batch_size": batch_size,
+        "objective": objective,
+        "codes": codes,
+        "weight_prior": weight_prior,
+        "temperature": temperature,
+        "n_data": n_data,
+        "seed": seed,
+        "values of the weights": digest(frozen.state_dict()) if checkpoint is not None else None,
+    }
+    file = CheckpointFile(
+        checkpoint,
+        checkpoint_every,
+        {"function": "fit_weights"} | {name: describe(word) for name, word in words.items()} | describe_model(frozen),
+    )
+    loop = Loop(data, frozen.reference, batch_size, n_data)
     with random.scope(seed, frozen.reference.device):
-        state = inference.init(params, joint)
-        name = f"fit_weights {type(inference).__name__}"
-        bar = tqdm(range(inference.epochs), desc=name, disable=None if progress is None else not progress)
-        for _ in bar:
-            for batch in batches(data, frozen.reference, batch_size=batch_size, is_shuffled=True):
-                frozen.likelihood.check(batch.explained)
-                state, info = inference.update(state, batch, joint)
-                bar.set_postfix(nats=f"{info.log_joint / n_data:.2f}", refresh=False)
+        saved = file.read()
+        if saved is None:
+            state = inference.init(params, joint)
+        else:
+            state = inference.unpack(saved["state"], params, joint)
+            loop.unpack(saved["loop"])
+
+        def pack() -> dict[str, Any]:
+            return {"loop": loop.pack(), "state": inference.pack(state)}
+
+        if saved is None:
+            file.write(pack)
+        name, is_hidden = f"fit_weights {type(inference).__name__}", None if progress is None else not progress
+        with tqdm(total=inference.epochs, initial=loop.epoch, desc=name, disable=is_hidden) as bar:
+            while loop.epoch < inference.epochs:
+                for group in loop.groups():
+                    (batch,) = group
+                    frozen.likelihood.check(batch.explained)
+                    state, info = inference.update(state, batch, joint)
+                    bar.set_postfix(nats=f"{info.log_joint / n_data:.2f}", refresh=False)
+                    loop.took(group)
+                    if file.is_due(loop.n_steps):
+                        file.write(pack)
+                loop.end_epoch()
+                file.write(pack)
+                bar.update()
         return inference.posterior(state, joint)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bayesae.joint import LogJoint
+from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.types import Batch, Params, WeightPosterior
 
-__all__ = ["Info", "WeightInference"]
+__all__ = ["Info", "WeightInference", "info_of"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Info:
 class WeightInference(Protocol):
     """How q(theta) is fitted: a frozen dataclass of hyper-parameters that holds no tensor of the run.
 
-    `fit_weights` steps the triple; a person with a loop of their own calls it directly::
+    `fit_weights` steps the triple and keeps its state in checkpoints; a person with a loop of their own calls it
+    directly::
 
         state = inference.init(params, joint)
         for batch in batches:
@@ -49,3 +50,19 @@ class WeightInference(Protocol):
     def posterior(self, state: Any, joint: LogJoint) -> WeightPosterior:  # noqa: ANN401
         """The family that the run leaves."""
         ...
+
+    def pack(self, state: Any) -> Any:  # noqa: ANN401
+        """A state as `bayesae.encoding.flatten` takes it: numbers, tensors, lists and dicts; it may share memory."""
+        ...
+
+    def unpack(self, packed: Any, params: Params, joint: LogJoint) -> Any:  # noqa: ANN401
+        """The state again, bit for bit, for the parameters and the joint that `init` saw; it owns its tensors."""
+        ...
+
+
+def info_of(joint: LogJoint) -> dict[str, float]:
+    """What a posterior should remember of the joint that it was fitted to: rows, and the precision of a plain prior."""
+    info = {"n_data": float(joint.n_data), "temperature": joint.temperature}
+    if isinstance(joint.prior, IsotropicNormal):
+        info["prior_precision"] = joint.prior.precision
+    return info

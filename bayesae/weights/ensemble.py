@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,7 +13,7 @@ from bayesae.families import Particles
 from bayesae.functional import stack_draws
 from bayesae.joint import LogJoint
 from bayesae.types import Batch, Params
-from bayesae.weights.base import Info
+from bayesae.weights.base import Info, info_of
 
 __all__ = ["Ensemble", "EnsembleState"]
 
@@ -69,11 +71,10 @@ class Ensemble:
 
     def init(self, params: Params, joint: LogJoint) -> EnsembleState:
         """Fresh members; frozen parameters keep the network's own values."""
-        trainable = {name for name, value in joint.network.named_parameters() if value.requires_grad}
+        trainable = _trainable(joint)
         starts = [joint.initialise() for _ in range(self.n_members)]
         members = stack_draws([{name: s[name] if name in trainable else params[name] for name in s} for s in starts])
-        leaves = [leaf.requires_grad_() for name, leaf in members.items() if name in trainable]
-        return EnsembleState(members, torch.optim.Adam(leaves, lr=self.learning_rate))
+        return self._state(members, trainable)
 
     def update(self, state: EnsembleState, batch: Batch, joint: LogJoint) -> tuple[EnsembleState, Info]:
         """One step of Adam for every member."""
@@ -90,4 +91,25 @@ class Ensemble:
 
     def posterior(self, state: EnsembleState, joint: LogJoint) -> Particles:
         """One particle a member."""
-        return Particles({name: leaf.detach().clone() for name, leaf in state.members.items()})
+        atoms = {name: leaf.detach().clone() for name, leaf in state.members.items()}
+        return Particles(atoms, info=info_of(joint))
+
+    def pack(self, state: EnsembleState) -> dict[str, Any]:
+        """Members and Adam's moments."""
+        return {"members": state.members, "optimiser": state.optimiser.state_dict()}
+
+    def unpack(self, packed: dict[str, Any], params: Params, joint: LogJoint) -> EnsembleState:
+        """The members on the network's device, and Adam where it stood."""
+        members = {name: leaf.detach().to(params[name], copy=True) for name, leaf in packed["members"].items()}
+        state = self._state(members, _trainable(joint))
+        # a copy: Adam writes into the moments that it is given
+        state.optimiser.load_state_dict(copy.deepcopy(packed["optimiser"]))
+        return state
+
+    def _state(self, members: Params, trainable: set[str]) -> EnsembleState:
+        leaves = [leaf.requires_grad_() for name, leaf in members.items() if name in trainable]
+        return EnsembleState(members, torch.optim.Adam(leaves, lr=self.learning_rate))
+
+
+def _trainable(joint: LogJoint) -> set[str]:
+    return {name for name, value in joint.network.named_parameters() if value.requires_grad}

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_args
 
 import torch
 
 from bayesae.curvature import Linearisation
 from bayesae.errors import DataError, NotFittedError, UnsupportedError
 from bayesae.families.base import Normal
-from bayesae.joint import IsotropicNormal, LogJoint
+from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
 from bayesae.subset import Subset
 from bayesae.types import Batch, Params
 from bayesae.weights.base import Info
-from bayesae.weights.structures import Dense, Diagonal, Eigencorrected, Kronecker, LowRank, Structure
+from bayesae.weights.evidence import Groups, MarginalLikelihood, PriorGroups
+from bayesae.weights.structures import Dense, Diagonal, Eigencorrected, Kronecker, LowRank, Precision, Structure
 
 __all__ = ["Laplace", "LaplaceState"]
 
-_NOTHING = 1e-30  # effective weights: what the jitter of a factorisation may leave of a curvature of 0
 _STRUCTURES: dict[str, Structure] = {
     "diagonal": Diagonal(),
     "kronecker": Kronecker(),
@@ -74,14 +73,17 @@ class Laplace:
     "dense"             all of it, for up to 16 384 weights: `DenseNormal`
     ==================  =======================================================================================
 
-    The prior precision is the one that maximises the evidence at the mode,
+    The prior is N(0, 1 / lambda), with one lambda for all weights, each layer or each weight (``prior_groups``): those
+    that maximise the evidence at the mode,
 
     .. math:: \log p(D) \approx \log p(D, \theta_*) + \tfrac{P}{2} \log 2\pi
-              - \tfrac12 \log\det (\hat G + \lambda I),
+              - \tfrac12 \log\det (\hat G + \Lambda), \quad \Lambda = \operatorname{diag}(\lambda),
 
-    the unique root of :math:`\gamma(\lambda) = \lambda \lVert\theta_*\rVert^2` with the effective number of
-    weights :math:`\gamma = \operatorname{tr} \hat G (\hat G + \lambda I)^{-1}`: the left side falls with lambda, the
-    right side rises.
+    which are unique: of every group g :math:`\gamma_g = \lambda_g \lVert\theta_{*g}\rVert^2` with its effective
+    number of weights :math:`\gamma_g = \sum_{i \in g} 1 - \lambda_i (\hat G + \Lambda)^{-1}_{ii}`
+    (`weights.evidence.MarginalLikelihood`). P, prior and determinant count the chosen weights alone: the evidence of a
+    small subset takes all others as known, over-states what the data say and compares with no other subset's.
+    Where the likelihood's ``is_fisher``, H is the Fisher information and the evidence the one with it.
 
     Args:
         structure: A name from the table, or a `LowRank`.
@@ -90,9 +92,16 @@ class Laplace:
         tunes_prior: Whether lambda comes from the evidence, so that the joint's own precision is not read; else
             it is the joint's. The mean stays where training left it either way.
 
+        prior_groups: Weights that share a precision where it is tuned: "all"; "layer", the parameters of one module;
+            or "weight" (automatic relevance determination), not for Kronecker structures. By layer or weight a
+            precision stays within 1e-6 and 1e12, where weights at 0 end, and is the joint's where there is no
+            curvature.
+
     It leaves a Normal that is linearised by default: sampling a Laplace posterior through the network itself
-    leaves the region where the expansion holds, its best-known failure. Its ``info`` has ``log_evidence`` (at T = 1),
-    ``prior_precision`` and ``n_effective``.
+    leaves the region where the expansion holds, its best-known failure. Its ``info`` has ``log_evidence`` (nats, at
+    T = 1), ``n_effective``, ``prior_precision`` (the geometric mean over weights; with groups by layer also
+    ``prior_precision.<layer>``, by weight ``n_pruned``, how many are at 1e12), ``n_data``, ``temperature`` and
+    ``noise_scale`` (where the likelihood has one; of several the geometric mean).
 
     A structure of several passes wants exactly ``joint.n_data`` rows in each, pass after pass; one of one pass takes
     any number and scales the sums to ``joint.n_data``.
@@ -100,16 +109,19 @@ class Laplace:
     Exact when: the outputs are linear in theta and the likelihood is Gaussian ("dense"); and beyond that the columns
         of the Jacobian are orthogonal ("diagonal"), there is one linear layer ("kronecker", "eigencorrected"), or
         the rank of G is at most the structure's ("low_rank").
-    Biased when: theta_* is not a mode. "diagonal" always over-states certainty along correlated weights, and its
-        determinant over-states the evidence's penalty; Kronecker structures do so across layers.
+    Biased when: theta_* is not a mode. The best precision of a weight is that of its value at the mode, which a wide
+        prior does not pull in: by weight it wants training in between (`bayesae.Evidence`). "diagonal" always
+        over-states certainty along correlated weights, and its determinant over-states the evidence's penalty;
+        Kronecker structures do so across layers.
     Cost: one forward and about one backward pass of small matrices per batch and pass ("diagonal", "kronecker");
         30 products with G per batch and pass ("low_rank"); an eigendecomposition of every factor, or of (P, P)
         ("dense"); memory P, the sum of in^2 + out^2 over layers, 60 P, or P^2.
 
     Raises:
-        UnsupportedError: If a layer has no curvature rule, the prior is not an `IsotropicNormal`, the code is
-            stochastic, there is nothing to tune a prior on (weights all 0, no observed entry), the structure is
-            unknown, it would not fit into memory, or the subset cuts a layer that a Kronecker structure keeps whole.
+        UnsupportedError: If a layer has no curvature rule, the prior is neither an `IsotropicNormal` nor an
+            `IndependentNormal`, the code is stochastic, there is nothing to tune a prior on (weights all 0, no observed
+            entry), structure or groups are unknown, it would not fit into memory, the subset cuts a layer that a
+            Kronecker structure keeps whole, or such a layer is to have several precisions.
         NotFittedError: If no row was seen, or a structure of several passes has not seen all of them.
         DataError: If a pass of a structure of several does not end with a batch.
 
@@ -125,6 +137,7 @@ class Laplace:
     structure: str | Structure = "diagonal"
     subset: Subset | Sequence[str] = ("**",)
     tunes_prior: bool = True
+    prior_groups: PriorGroups = "all"
 
     def __post_init__(self) -> None:
         is_name = isinstance(self.structure, str)
@@ -133,6 +146,20 @@ class Laplace:
             got = repr(self.structure) if is_name else type(self.structure).__name__
             fix = "Weights are chosen by subset=, as in Laplace(subset=('decoder.**',))."
             raise UnsupportedError(expected, got, fix)
+        if self.prior_groups not in (known := get_args(PriorGroups)):
+            raise UnsupportedError(
+                f"prior_groups, one of {list(known)}", repr(self.prior_groups), "'all' is one number."
+            )
+        if (
+            self.prior_groups == "weight"
+            and self.tunes_prior
+            and isinstance(self._structure, Kronecker | Eigencorrected)
+        ):
+            raise UnsupportedError(
+                "one prior precision a layer for Kronecker factors: another one in each entry has no Kronecker basis",
+                "prior_groups='weight'",
+                "Use prior_groups='layer', or structure='diagonal', 'low_rank' or 'dense'.",
+            )
 
     @property
     def epochs(self) -> int:
@@ -145,8 +172,9 @@ class Laplace:
 
     def init(self, params: Params, joint: LogJoint) -> LaplaceState:
         """No row seen."""
-        if not isinstance(joint.prior, IsotropicNormal):
-            raise UnsupportedError("an IsotropicNormal prior", type(joint.prior).__name__, "Give its precision.")
+        if not isinstance(joint.prior, IsotropicNormal | IndependentNormal):
+            expected = "an IsotropicNormal or IndependentNormal prior"
+            raise UnsupportedError(expected, type(joint.prior).__name__, "Give its precisions.")
         if not joint.is_deterministic:
             raise UnsupportedError(
                 "a deterministic code, so that x gives the outputs", "a stochastic one", "Use codes=codes.encode."
@@ -178,6 +206,25 @@ class Laplace:
 
     def posterior(self, state: LaplaceState, joint: LogJoint) -> Normal:
         """The Normal around the mode, with its prior precision and evidence."""
+        marginal = self.marginal(state, joint)
+        groups = Groups.of(self.prior_groups, state.subset) if self.tunes_prior else None
+        precision, _ = marginal.maximise(groups, self.given_precision(state, joint))
+        info = marginal.info(precision, groups) | self.setting(joint)
+        return marginal.curvature.posterior(state.params, precision, joint.temperature, info)
+
+    def marginal(self, state: LaplaceState, joint: LogJoint) -> MarginalLikelihood:
+        """The evidence as a function of the prior, from the sums of all passes.
+
+        Args:
+            state: After the last batch.
+            joint: The log-joint.
+
+        Returns:
+            It, over the chosen weights.
+
+        Raises:
+            NotFittedError: If no row was seen, or a structure of several passes has not seen all of them.
+        """
         if state.n_seen == 0:
             raise NotFittedError("at least one batch", "none", "Call update first, or use fit_weights.")
         if self.epochs > 1 and (state.n_passes_done + 1, state.n_seen) != (self.epochs, joint.n_data):
@@ -186,24 +233,54 @@ class Laplace:
                 f"{state.n_passes_done} and {state.n_seen} rows",
                 "Call update with all rows once for each of `epochs`.",
             )
-        assert isinstance(joint.prior, IsotropicNormal)
         share = joint.n_data / state.n_seen
         curvature = self._structure.finish(state.sums, state.subset, share)
         theta = state.subset.ravel(state.params).double()
-        square = float(theta @ theta)
-        precision = joint.prior.precision
-        if self.tunes_prior:
-            precision = _evidence_precision(curvature.n_effective, len(theta), square)
-        # of the prior's and the determinant's P / 2 log 2 pi nothing is left
-        log_evidence = state.log_likelihood * share + 0.5 * (
-            len(theta) * math.log(precision) - precision * square - curvature.log_det(precision)
-        )
-        info = {
-            "prior_precision": precision,
-            "n_effective": curvature.n_effective(precision),
-            "log_evidence": log_evidence,
-        }
-        return curvature.posterior(state.params, precision, joint.temperature, info)
+        return MarginalLikelihood(curvature, theta, state.log_likelihood * share)
+
+    def given_precision(self, state: LaplaceState, joint: LogJoint) -> Precision:
+        """The joint's own precision of the chosen weights: one number where they share it, else (P,)."""
+        assert isinstance(joint.prior, (IsotropicNormal, IndependentNormal))
+        if isinstance(joint.prior, IsotropicNormal):
+            return joint.prior.precision
+        values = state.subset.ravel(joint.prior.precisions_of(state.params)).double()
+        if not len(values):
+            return 1.0  # of no weight: read by nothing
+        return float(values[0]) if bool((values == values[0]).all()) else values
+
+    @staticmethod
+    def setting(joint: LogJoint) -> dict[str, float]:
+        """What ``info`` says of the joint: n_data, temperature, and the noise scale where there is one."""
+        scale = getattr(joint.likelihood, "scale", None)
+        values = None if scale is None else torch.as_tensor(scale, dtype=torch.float64)
+        noise = {} if values is None else {"noise_scale": float(values.log().mean().exp())}
+        return {"n_data": joint.n_data, "temperature": joint.temperature} | noise
+
+    def pack(self, state: LaplaceState) -> dict[str, Any]:
+        """What a checkpoint keeps of a state: all but the network's own parameters and their linearisation.
+
+        Args:
+            state: Between two batches.
+
+        Returns:
+            Nested numbers, tensors and dataclasses that `bayesae.encoding.flatten` takes.
+        """
+        left_out = ("params", "linearisation")
+        return {one.name: getattr(state, one.name) for one in fields(state) if one.name not in left_out}
+
+    def unpack(self, packed: dict[str, Any], params: Params, joint: LogJoint) -> LaplaceState:
+        """The state of `pack`, linearised again.
+
+        Args:
+            packed: From `pack`.
+            params: The network's parameters, those of `init`.
+            joint: The log-joint.
+
+        Returns:
+            The state.
+        """
+        packed["subset"].check(params)
+        return LaplaceState(params, Linearisation(joint.network, params), **packed)
 
     def _at_pass(self, state: LaplaceState, n_rows: int, n_data: int) -> LaplaceState:
         """The state that ``n_rows`` more rows belong to; raises unless a pass ends with a batch."""
@@ -217,22 +294,3 @@ class Laplace:
                 "Is n_data the number of rows of one pass? End every pass with a batch, and stop after the last.",
             )
         return state
-
-
-def _evidence_precision(n_effective: Callable[[float], float], n_weights: int, square: float) -> float:
-    """Root of gamma(lambda) = lambda * square, to rounding."""
-    if square == 0:
-        raise UnsupportedError("weights and data to tune the prior on", "a mode at 0", "Use tunes_prior=False.")
-    at = math.log(n_weights / square)
-    # log gamma - log lambda - log square falls in log lambda with a slope between -2 and -1, because gamma is a sum of
-    # h / (h + lambda): a step of the gap over 1.5 leaves at most a third of the error, whatever it was
-    for _ in range(60):
-        value = n_effective(math.exp(at))
-        if value < _NOTHING:
-            what = "no curvature: was no entry observed?"
-            raise UnsupportedError("weights and data to tune the prior on", what, "Use tunes_prior=False.")
-        step = (math.log(value / square) - at) / 1.5
-        at += step
-        if abs(step) <= 1e-14 * max(1.0, abs(at)):
-            break
-    return math.exp(at)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bayesae.families import Particles
 from bayesae.joint import LogJoint
 from bayesae.types import Batch, Params
-from bayesae.weights.base import Info
+from bayesae.weights.base import Info, info_of
 
 __all__ = ["MAP"]
 
@@ -42,4 +42,11 @@ class MAP:
 
     def posterior(self, state: Params, joint: LogJoint) -> Particles:
         """One particle."""
-        return Particles({name: leaf[None] for name, leaf in state.items()})
+        return Particles({name: leaf[None] for name, leaf in state.items()}, info=info_of(joint))
+
+    def pack(self, state: Params) -> None:
+        """Nothing: the state is what `init` is given."""
+
+    def unpack(self, packed: None, params: Params, joint: LogJoint) -> Params:
+        """The weights themselves."""
+        return params

@@ -14,7 +14,7 @@ from bayesae.adapters import from_laplace
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from laplace import Laplace
+    from laplace import Laplace, marglik_training
     from laplace.curvature import CurvlinopsGGN
 
     from bayesae.adapters.laplace_backend import BayesaeGGN
@@ -101,3 +101,37 @@ def test_its_kronecker_evidence_has_no_gradient_of_the_noise(structure, is_right
     (slope,) = torch.autograd.grad(la.log_marginal_likelihood(sigma_noise=sigma), sigma)
     above, below = (float(la.log_marginal_likelihood(sigma_noise=torch.tensor(0.3 + e))) for e in (1e-3, -1e-3))
     assert (abs(float(slope) - (above - below) / 2e-3) < 1e-2 * abs(float(slope))) == is_right
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_its_evidence_training_makes_the_prior_as_many_times_too_strong_as_there_are_outputs():
+    """Its loss is a mean over rows *and outputs*, its prior is divided by rows only; `Evidence` sums over outputs."""
+    n, n_in, n_out, sigma, precision = 40, 3, 16, 0.5, 4.0
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(n, n_in, generator=generator, dtype=torch.float64)
+    weight = torch.randn(n_in, n_out, generator=generator, dtype=torch.float64)
+    targets = inputs @ weight + sigma * torch.randn(n, n_out, generator=generator, dtype=torch.float64)
+
+    def mode(factor):
+        eye = torch.eye(n_in, dtype=torch.float64)
+        lhs = inputs.mT @ inputs / sigma**2 + factor * precision * eye
+        return torch.linalg.solve(lhs, inputs.mT @ targets / sigma**2).mT
+
+    net = nn.Linear(n_in, n_out, bias=False).double()
+    _, trained, _, _ = marglik_training(
+        net,
+        DataLoader(TensorDataset(inputs, targets), batch_size=n),
+        likelihood="regression",
+        hessian_structure="diag",
+        backend=BayesaeGGN,
+        optimizer_kwargs={"lr": 0.02},
+        n_epochs=600,
+        n_epochs_burnin=601,
+        prior_structure="scalar",
+        prior_prec_init=precision,
+        sigma_noise_init=sigma,
+        fix_sigma_noise=True,
+    )
+    got = trained.weight.detach()
+    assert_close(got, mode(n_out), rtol=0, atol=1e-4)
+    assert float((got - mode(1)).abs().max()) > 0.1

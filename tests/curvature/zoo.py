@@ -247,7 +247,8 @@ def dense_hessian(hessian, outputs):
     value = hessian(outputs)
     if isinstance(value, BlockHessian):
         full = outputs.new_zeros(n, size, size)
-        places = torch.arange(size).reshape(outputs.shape[1:]).movedim(0, -1).reshape(-1, outputs.shape[1])
+        axis = value.axis
+        places = torch.arange(size).reshape(outputs.shape[1:]).movedim(axis - 1, -1).reshape(-1, outputs.shape[axis])
         for b in range(n):
             for place, one in zip(places, value.values[b].reshape(-1, *value.values.shape[-2:]), strict=True):
                 full[b][place[:, None], place[None]] = one

@@ -83,7 +83,7 @@ def test_every_score_is_higher_for_what_is_stranger(rows):
 
 
 def test_rows_must_be_those_of_the_moments():
-    with pytest.raises(bae.errors.ShapeError, match="rows that the moments were made of"):
+    with pytest.raises(bae.errors.ShapeError, match="rows that the moments or draws"):
         bae.ood.reconstruction_error(moments([[0.0, 1.0]], [[0.0, 0.0]]), torch.zeros(2, 2))
 
 

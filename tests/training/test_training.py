@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -295,3 +297,10 @@ class TestErrors:
         model = bae.Autoencoder(nn.Linear(7, 2), nn.Linear(2, 5), bae.likelihoods.Gaussian(1.0)).double()
         with pytest.raises(bae.errors.ShapeError, match="outputs for rows of shape"):
             bae.fit_model(model, rows)
+
+
+def test_a_joint_pickles(model, rows):
+    joint = pickle.loads(pickle.dumps(bae.log_joint(model, 9)))
+    params = {name: leaf[None] for name, leaf in bae.functional.parameters_of(model.network).items()}
+    expected = bae.log_joint(model, 9).estimate(params, bae.Batch(rows))
+    assert torch.equal(joint.estimate(params, bae.Batch(rows)), expected)

@@ -10,9 +10,15 @@ from torch.testing import assert_close
 import bayesae as bae
 from bayesae import testing
 from bayesae.testing import ConjugateRegression
+from bayesae.weights.evidence import Groups, MarginalLikelihood
+from bayesae.weights.structures.base import Eigenvalues
 from tests.conftest import small_model
 
 FIXED = bae.weights.Laplace(tunes_prior=False)
+
+
+def everything(values):
+    return bae.Subset({"weight": torch.ones(values.shape, dtype=torch.bool)})
 
 
 @pytest.mark.parametrize("n_batches", [3, 24])
@@ -62,18 +68,18 @@ def test_prior_precision_maximises_the_evidence():
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_the_root_is_found_for_weights_of_any_size(scale):
-    from bayesae.weights.laplace import _evidence_precision
-
     h = torch.logspace(-12, 12, 101, dtype=torch.float64)
     calls = []
 
-    def n_effective(precision):
-        calls.append(precision)
-        return float((h / (h + precision)).sum())
+    class Counted(Eigenvalues):
+        def effective(self, precision):
+            calls.append(precision)
+            return super().effective(precision)
 
-    precision = _evidence_precision(n_effective, len(h), scale)
+    theta = torch.full_like(h, (scale / len(h)) ** 0.5)
+    precision, _ = MarginalLikelihood(Counted(h), theta, 0.0).maximise(Groups.of("all", everything(h)), 1.0)
     assert len(calls) < 40  # the gap shrinks by 3 in every step
-    assert n_effective(precision) == pytest.approx(precision * scale, rel=1e-9)
+    assert float(Eigenvalues(h).effective(precision).sum()) == pytest.approx(precision * scale, rel=1e-9)
 
 
 def test_pays_for_the_rows_it_has_not_seen(model, rows):

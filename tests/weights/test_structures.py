@@ -132,7 +132,7 @@ class TestConjugate:
         )
         for name, value in plain.variances().items():
             assert_close(tempered.variances()[name], temperature * value, rtol=1e-10, atol=0)
-        assert tempered.info == plain.info
+        assert tempered.info | {"temperature": 1.0} == plain.info
 
     @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
     def test_batches_do_not_matter(self, structure):

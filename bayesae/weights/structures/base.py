@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,22 +14,33 @@ from bayesae.families.base import Normal
 from bayesae.subset import Subset
 from bayesae.types import HessianFunction, Params
 
-__all__ = ["Curvature", "Eigenvalues", "OnePass", "Structure", "zeros"]
+__all__ = ["Curvature", "Eigenvalues", "OnePass", "Precision", "Structure", "zeros"]
+
+
+Precision: TypeAlias = float | Tensor
+"""Prior precision of the chosen weights: one number for all, or (P,) float64 in the order of ``Subset.ravel``."""
 
 
 class Curvature(Protocol):
-    """G, the sum over all rows, as a prior precision lambda meets it."""
+    """G, the sum over all rows, as a diagonal prior precision Lambda meets it.
 
-    def n_effective(self, precision: float) -> float:
-        """Tr G (G + lambda I)^-1, the effective number of weights; falls with lambda."""
+    One number for all weights is the fast case of most structures, and says the same as a vector of it.
+    """
+
+    def effective(self, precision: Precision) -> Tensor:
+        """What data say of every weight, 1 - Lambda_ii (G + Lambda)^-1_ii, between 0 and 1: (P,).
+
+        Its sum is the effective number of weights, Tr G (G + Lambda)^-1. Of one number only the sum counts, and of a
+        structure with layers sums over whole layers: entries may stand for directions.
+        """
         ...
 
-    def log_det(self, precision: float) -> float:
-        """Log det (G + lambda I), nats."""
+    def log_det(self, precision: Precision) -> float:
+        """Log det (G + Lambda), nats."""
         ...
 
-    def posterior(self, mean: Params, precision: float, temperature: float, info: Mapping[str, float]) -> Normal:
-        """N(mean, T (G + lambda I)^-1), linearised."""
+    def posterior(self, mean: Params, precision: Precision, temperature: float, info: Mapping[str, float]) -> Normal:
+        """N(mean, T (G + Lambda)^-1), linearised."""
         ...
 
 
@@ -85,7 +96,7 @@ class OnePass:
 
 @dataclass(frozen=True)
 class Eigenvalues:
-    """What the evidence needs of a G that is diagonal in some basis.
+    """What the evidence needs of a G that is diagonal in a basis in which Lambda is diagonal too.
 
     Args:
         eigenvalues: Non-negative, (P,), float64.
@@ -93,11 +104,11 @@ class Eigenvalues:
 
     eigenvalues: Tensor
 
-    def n_effective(self, precision: float) -> float:
-        """The sum of h / (h + lambda)."""
-        return float((self.eigenvalues / (self.eigenvalues + precision)).sum())
+    def effective(self, precision: Precision) -> Tensor:
+        """Of every eigenvalue h, h / (h + lambda)."""
+        return self.eigenvalues / (self.eigenvalues + precision)
 
-    def log_det(self, precision: float) -> float:
+    def log_det(self, precision: Precision) -> float:
         """The sum of log (h + lambda)."""
         return float(torch.log(self.eigenvalues + precision).sum())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from bayesae.families.base import Normal
 from bayesae.functional import check_finite
 from bayesae.subset import Subset
 from bayesae.types import HessianFunction, Params
-from bayesae.weights.structures.base import Eigenvalues, OnePass, zeros
+from bayesae.weights.structures.base import Eigenvalues, OnePass, Precision, zeros
+from bayesae.weights.structures.low_rank import LowRankCurvature
 
 __all__ = ["Dense", "Diagonal"]
 
@@ -52,7 +54,7 @@ class Diagonal(OnePass):
 class _DiagonalCurvature(Eigenvalues):
     subset: Subset
 
-    def posterior(self, mean: Params, precision: float, temperature: float, info: Mapping[str, float]) -> Normal:
+    def posterior(self, mean: Params, precision: Precision, temperature: float, info: Mapping[str, float]) -> Normal:
         var = temperature / (self.eigenvalues + precision)
         return DiagonalNormal(mean, var, self.subset, is_linearised=True, info=info)
 
@@ -100,7 +102,11 @@ class Dense(OnePass):
     def finish(self, sums: Tensor, subset: Subset, share: float) -> _DenseCurvature:
         """Its eigendecomposition; eigenvalues below 0 are rounding."""
         check_finite({"G": sums}, "curvature", "Did the training diverge?")
-        values, vectors = torch.linalg.eigh(0.5 * share * (sums + sums.mT))
+        total = 0.5 * share * (sums + sums.mT)
+        # weights without curvature are eigenvectors themselves; where they are many, LAPACK fails to converge with them
+        live = (total.diagonal() > 0).nonzero()[:, 0]
+        values, vectors = torch.zeros_like(total.diagonal()), torch.eye(len(total)).to(total)
+        values[live], vectors[live[:, None], live] = torch.linalg.eigh(total[live[:, None], live])
         return _DenseCurvature(values.clamp(min=0), vectors, subset)
 
 
@@ -109,7 +115,23 @@ class _DenseCurvature(Eigenvalues):
     vectors: Tensor
     subset: Subset
 
-    def posterior(self, mean: Params, precision: float, temperature: float, info: Mapping[str, float]) -> Normal:
+    @cached_property
+    def _as_factor(self) -> LowRankCurvature:
+        """The same as F.T @ F: eigenvectors do not diagonalise a Lambda of several precisions, Woodbury takes any."""
+        factor = self.eigenvalues.sqrt()[:, None] * self.vectors.mT
+        return LowRankCurvature(torch.zeros_like(self.eigenvalues), factor, self.subset)
+
+    def effective(self, precision: Precision) -> Tensor:
+        return self._as_factor.effective(precision) if isinstance(precision, Tensor) else super().effective(precision)
+
+    def log_det(self, precision: Precision) -> float:
+        return self._as_factor.log_det(precision) if isinstance(precision, Tensor) else super().log_det(precision)
+
+    def posterior(self, mean: Params, precision: Precision, temperature: float, info: Mapping[str, float]) -> Normal:
         # not G + lambda I: of a float32 sum the rounding of the largest eigenvalue can exceed lambda
-        total = (self.vectors * ((self.eigenvalues + precision) / temperature)) @ self.vectors.mT
+        if isinstance(precision, Tensor):
+            total = (self.vectors * self.eigenvalues) @ self.vectors.mT + torch.diag(precision)
+            total = 0.5 * (total + total.mT) / temperature
+        else:
+            total = (self.vectors * ((self.eigenvalues + precision) / temperature)) @ self.vectors.mT
         return DenseNormal(mean, total, self.subset, is_linearised=True, info=info)

@@ -22,7 +22,7 @@ from bayesae.families.base import Normal
 from bayesae.functional import check_finite
 from bayesae.subset import Subset
 from bayesae.types import HessianFunction, Params
-from bayesae.weights.structures.base import Eigenvalues, OnePass
+from bayesae.weights.structures.base import Eigenvalues, OnePass, Precision
 
 __all__ = ["Eigencorrected", "Kronecker"]
 
@@ -130,25 +130,68 @@ class _Corrected:
 
 @dataclass(frozen=True)
 class _KroneckerCurvature(Eigenvalues):
+    """Eigenvalues block after block, then the rest.
+
+    Args:
+        eigenvalues: (P,).
+        places: Which weight, in the order of ``subset``, stands where each eigenvalue does in its layer's matrix, (P,).
+        blocks: Bases by layer, their values the eigenvalues.
+        rest: Diagonal of parameters in no block.
+        subset: The uncertain weights.
+    """
+
+    places: Tensor
     blocks: list[RotatedBlock]
     rest: Params
-    rest_subset: Subset
+    subset: Subset
 
     @classmethod
     def of(cls, blocks: list[RotatedBlock], rest: Params, subset: Subset) -> _KroneckerCurvature:
-        rest_subset = Subset({name: mask for name, mask in subset.masks.items() if name in rest})
+        masks = subset.masks
+        where = subset.scatter(torch.arange(len(subset)), {n: torch.full(m.shape, -1) for n, m in masks.items()})
+        alone = Subset({name: mask for name, mask in masks.items() if name in rest})
         values = [block.values.flatten() for block in blocks]
+        places = [block.layout.join(where).flatten() for block in blocks]
         if rest:
-            values.append(rest_subset.ravel(rest))
-        return cls(torch.cat(values) if values else torch.zeros(0, dtype=torch.float64), blocks, rest, rest_subset)
+            values.append(alone.ravel(rest))
+            places.append(alone.ravel(where))
+        if not values:
+            return cls(torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64), blocks, rest, subset)
+        eigenvalues = torch.cat(values)
+        return cls(eigenvalues, torch.cat(places).to(eigenvalues.device), blocks, rest, subset)
 
-    def posterior(self, mean: Params, precision: float, temperature: float, info: Mapping[str, float]) -> Normal:
-        blocks = [replace(block, values=temperature / (block.values + precision)) for block in self.blocks]
-        rest = {
-            name: torch.where(self.rest_subset.masks[name].to(value.device), temperature / (value + precision), 0)
-            for name, value in self.rest.items()
-        }
+    def effective(self, precision: Precision) -> Tensor:
+        values = super().effective(self._in_basis(precision))
+        return torch.empty_like(values).index_copy_(0, self.places, values)
+
+    def log_det(self, precision: Precision) -> float:
+        return super().log_det(self._in_basis(precision))
+
+    def posterior(self, mean: Params, precision: Precision, temperature: float, info: Mapping[str, float]) -> Normal:
+        var = temperature / (self.eigenvalues + self._in_basis(precision))
+        sizes = [block.values.numel() for block in self.blocks]
+        *parts, left = var.split([*sizes, len(var) - sum(sizes)])
+        pairs = zip(self.blocks, parts, strict=True)
+        blocks = [replace(block, values=part.reshape(block.values.shape)) for block, part in pairs]
+        alone = Subset({name: mask for name, mask in self.subset.masks.items() if name in self.rest})
+        zeros = {name: torch.zeros_like(value) for name, value in self.rest.items()}
+        rest = alone.scatter(left, zeros) if zeros else {}
         return KroneckerNormal(mean, blocks, rest, is_linearised=True, info=info)
+
+    def _in_basis(self, precision: Precision) -> Precision:
+        """Lambda beside every eigenvalue; raises unless it is one number a block, else the basis is not Lambda's."""
+        if not isinstance(precision, Tensor):
+            return precision
+        ordered, start = precision[self.places], 0
+        for block in self.blocks:
+            part = ordered[start : (start := start + block.values.numel())]
+            if bool((part != part[0]).any()):
+                raise UnsupportedError(
+                    "one prior precision a layer, weight and bias, for Kronecker factors",
+                    f"{float(part.min()):.3g} to {float(part.max()):.3g} in {block.layout.weight!r} and its bias",
+                    "Give equal ones, or use structure='diagonal', 'low_rank' or 'dense'.",
+                )
+        return ordered
 
 
 def _is_chosen(name: str, factors: KroneckerFactors, subset: Subset) -> bool:

@@ -16,9 +16,9 @@ from bayesae.families.base import Normal
 from bayesae.functional import check_finite
 from bayesae.subset import Subset
 from bayesae.types import HessianFunction, Params
-from bayesae.weights.structures.base import zeros
+from bayesae.weights.structures.base import Precision, zeros
 
-__all__ = ["LowRank"]
+__all__ = ["LowRank", "LowRankCurvature"]
 
 _OVERSAMPLING = 10
 _SEED = 0  # of the first probes: the method is deterministic, whoever calls it
@@ -97,12 +97,12 @@ class LowRank:
         """The products, orthonormalised, as probes."""
         return _Sketch.of(sums.products, sums.n_passes_left - 1)
 
-    def finish(self, sums: _Sketch, subset: Subset, share: float) -> _LowRankCurvature:
+    def finish(self, sums: _Sketch, subset: Subset, share: float) -> LowRankCurvature:
         """The sketch cut to the rank, and the rest of the diagonal."""
         factor = math.sqrt(share) * sums.factor(self.rank)
         # never below 0 but by rounding, because the sketch is at most G
         diagonal = (sums.diagonal * share - (factor**2).sum(0)).clamp(min=0)
-        return _LowRankCurvature(diagonal, factor, subset)
+        return LowRankCurvature(diagonal, factor, subset)
 
 
 @dataclass(frozen=True)
@@ -143,29 +143,32 @@ class _Sketch:
 
 
 @dataclass(frozen=True)
-class _LowRankCurvature:
+class LowRankCurvature:
     """diag(d) + F.T @ F; everything by Woodbury with the (K, K) core I + F diag(1 / (d + lambda)) F.T."""
 
     diagonal: Tensor
     factor: Tensor
     subset: Subset
 
-    def _core(self, precision: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _core(self, precision: Precision) -> tuple[Tensor, Tensor, Tensor]:
         total = self.diagonal + precision
         scaled = self.factor / total
         eye = torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
         return total, scaled, torch.linalg.cholesky(eye + scaled @ self.factor.mT)
 
-    def n_effective(self, precision: float) -> float:
+    def effective(self, precision: Precision) -> Tensor:
+        """Of every weight, by Woodbury."""
         total, scaled, root = self._core(precision)
         solved = torch.linalg.solve_triangular(root, scaled, upper=False)
-        # of P - lambda Tr (G + lambda I)^-1 with the 1s taken out, which would cancel
-        return float((self.diagonal / total).sum() + precision * (solved**2).sum())
+        # of 1 - lambda (G + Lambda)^-1 with the 1s taken out, which would cancel
+        return self.diagonal / total + precision * (solved**2).sum(0)
 
-    def log_det(self, precision: float) -> float:
+    def log_det(self, precision: Precision) -> float:
+        """Of the diagonal, and of the core."""
         total, _scaled, root = self._core(precision)
         return float(total.log().sum() + 2 * root.diagonal().log().sum())
 
-    def posterior(self, mean: Params, precision: float, temperature: float, info: Mapping[str, float]) -> Normal:
+    def posterior(self, mean: Params, precision: Precision, temperature: float, info: Mapping[str, float]) -> Normal:
+        """The same factor beside a raised diagonal."""
         diagonal, factor = (self.diagonal + precision) / temperature, self.factor / math.sqrt(temperature)
         return LowRankNormal(mean, diagonal, factor, self.subset, is_linearised=True, info=info)

@@ -1,40 +1,18 @@
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-from torch.distributions import Bernoulli, Normal
 from torch.testing import assert_close
 
 import bayesae as bae
-from bayesae.types import Likelihood
 
 F64 = {"dtype": torch.float64}
 
 
 @pytest.mark.parametrize("likelihood", [bae.likelihoods.Gaussian(0.4), bae.likelihoods.Bernoulli()], ids=repr)
-class TestEvery:
-    def test_is_a_likelihood(self, likelihood):
-        assert isinstance(likelihood, Likelihood)
-
-    def test_log_prob_sums_the_distribution(self, likelihood):
-        outputs, target = torch.randn(2, 3, 5, 4, **F64), (torch.rand(5, 4) > 0.5).double()
-        law = Normal(outputs, 0.4) if isinstance(likelihood, bae.likelihoods.Gaussian) else Bernoulli(logits=outputs)
-        assert_close(likelihood.log_prob(outputs, target), law.log_prob(target).sum(-1), rtol=1e-12, atol=1e-12)
-        assert_close(likelihood.mean(outputs), law.mean)
-        assert_close(likelihood.variance(outputs), law.variance)
-        mask = torch.rand(5, 4) > 0.5
-        expected = (law.log_prob(target) * mask).sum(-1)
-        assert_close(likelihood.log_prob(outputs, target, mask), expected, rtol=1e-12, atol=1e-12)
-
-    def test_hessian_is_that_of_the_log_prob(self, likelihood):
-        outputs, target = torch.randn(1, 6, **F64), torch.rand(1, 6, **F64)
-        exact = torch.func.hessian(lambda f: -likelihood.log_prob(f[None], target)[0])(outputs[0])
-        diagonal = likelihood.output_hessian(outputs).expand(1, 6)[0]
-        assert_close(torch.diag(diagonal), exact, rtol=1e-10, atol=1e-12)
-
+class TestNormalOutputs:
     @pytest.mark.parametrize("var", [1e-8, 1e-4, 0.25, 2.0, 5.9, 6.1, 30.0])
     def test_moments_under_a_normal_output(self, likelihood, var):
         """Against the trapezoidal rule on a fine grid, narrow and wide, to relative precision."""
@@ -50,12 +28,6 @@ class TestEvery:
         assert_close(got[0], first, rtol=2e-6, atol=1e-15)
         assert_close(got[1], noise, rtol=2e-5, atol=0)
         assert_close(got[2], spread, rtol=2e-5 if var > 1 else 1e-10, atol=0)
-
-    def test_travels_with_the_state_and_copies(self, likelihood):
-        other = copy.deepcopy(likelihood)
-        other.load_state_dict(likelihood.state_dict())
-        outputs = torch.randn(3, 2)
-        assert_close(other.log_prob(outputs, outputs * 0), likelihood.log_prob(outputs, outputs * 0))
 
 
 def test_logistic_is_this_sum_of_normal_distribution_functions():

@@ -1,0 +1,6 @@
+"""Values of the library as JSON and tensors, and the one file that both go into."""
+
+from bayesae.encoding.file import read, write
+from bayesae.encoding.values import flatten, unflatten
+
+__all__ = ["flatten", "read", "unflatten", "write"]

@@ -1,0 +1,137 @@
+"""A fitted estimator of `bayesae.estimators` as a tree that a file can hold, and back."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesae.errors import FileError, NotFittedError, UnsupportedError
+from bayesae.files import predictives
+from bayesae.files.predictives import DAMAGED, expect, likelihood_of, likelihood_tree
+from bayesae.predictive import Predictive
+from bayesae.training import History
+
+__all__ = ["check_tree", "estimator_of", "is_estimator", "tree_of"]
+
+_NAMES = ("BayesianAutoencoder", "BayesianOutlierDetector")
+_PARTS = {"type": (str,), "arguments": (dict,), "attributes": (dict,), "history": (dict,), "predictive": (dict,)}
+_HISTORY = {
+    "train": (list,),
+    "validation": (list,),
+    "best_epoch": (int,),
+    "log_evidence": (list,),
+    "weight_prior": (object,),
+}
+# what `fit` leaves beside the model, its posterior and its history; each a number, an array or column names
+_ATTRIBUTES = {"_seed": int, "n_iter_": int, "n_features_in_": int, "mean_": np.ndarray, "scale_": np.ndarray}
+_OF_DETECTORS = {
+    "decision_scores_": np.ndarray,
+    "held_out_scores_": np.ndarray,
+    "labels_": np.ndarray,
+    "offset_": float,
+    "threshold_": float,
+}
+_FITTED = {"model_", "posterior_", "history_"}
+
+
+def is_estimator(value: object) -> bool:
+    """Whether a value is one of the two estimators; does not import scikit-learn to find out."""
+    if not type(value).__module__.startswith("bayesae.estimators."):
+        return False
+    return type(value).__name__ in _NAMES
+
+
+def tree_of(estimator: Any) -> dict[str, Any]:  # noqa: ANN401 - as in save
+    """Arguments, attributes, and the predictive.
+
+    Args:
+        estimator: Fitted.
+
+    Returns:
+        What `encoding.flatten` takes.
+
+    Raises:
+        NotFittedError: If it was not fitted.
+        UnsupportedError: If it has an attribute that is not of `fit`.
+    """
+    name, values = type(estimator).__name__, dict(vars(estimator))
+    if "posterior_" not in values:
+        raise NotFittedError("a fitted estimator", f"{name} that was not fitted", "Call fit(X) first.")
+    arguments = {key: values.pop(key) for key in estimator.get_params(deep=False)}
+    if arguments["likelihood"] is not None:
+        arguments["likelihood"] = likelihood_tree(arguments["likelihood"])
+    kept = {key: value for key, value in values.items() if key not in _FITTED}
+    names = kept.pop("feature_names_in_", None)
+    if unknown := kept.keys() ^ _attributes(name).keys():
+        raise UnsupportedError("attributes that fit leaves", f"{sorted(unknown)}", "Delete those of your own.")
+    attributes = {key: _plain(value) for key, value in kept.items()}
+    history = estimator.history_
+    return {
+        "type": name,
+        "arguments": arguments,
+        "attributes": attributes | {"feature_names_in_": None if names is None else [str(one) for one in names]},
+        "history": {field.name: getattr(history, field.name) for field in fields(history)},
+        "predictive": predictives.tree_of(Predictive(estimator.model_, estimator.posterior_)),
+    }
+
+
+def check_tree(tree: Any) -> None:  # noqa: ANN401 - from a file
+    """Raise unless the tree of a file has the parts of an estimator.
+
+    Args:
+        tree: As `encoding.unflatten` gives it.
+
+    Raises:
+        FileError: If it has not.
+    """
+    expect(tree, _PARTS, "an estimator")
+    if tree["type"] not in _NAMES:
+        raise FileError(f"an estimator among {', '.join(_NAMES)}", repr(tree["type"])[:80], DAMAGED)
+    expect(tree["history"], _HISTORY, "a history")
+    kinds = {
+        key: (Tensor,) if kind is np.ndarray else (float, int) if kind is float else (int,)
+        for key, kind in _attributes(tree["type"]).items()
+    }
+    expect(tree["attributes"], kinds | {"feature_names_in_": (list, type(None))}, "an estimator's attributes")
+    n_columns = tree["attributes"]["n_features_in_"]
+    for key in ("mean_", "scale_"):
+        values = tree["attributes"][key]
+        if values.shape != (n_columns,) or values.dtype != torch.float64 or not bool(values.isfinite().all()):
+            raise FileError(f"{key} of {n_columns} columns", f"{values.dtype} {tuple(values.shape)}", DAMAGED)
+    predictives.check_tree(tree["predictive"])
+
+
+def estimator_of(tree: dict[str, Any]) -> Any:  # noqa: ANN401 - as in save
+    """The estimator of a tree that was checked."""
+    from bayesae import estimators  # loads scikit-learn
+
+    arguments = dict(tree["arguments"])
+    if arguments["likelihood"] is not None:
+        arguments["likelihood"] = likelihood_of(arguments["likelihood"])
+    estimator = getattr(estimators, tree["type"])(**arguments)
+    no_module = {"encoder": None, "decoder": None}
+    predictive = predictives.predictive_of(tree["predictive"], no_module, torch.device("cpu"), None)
+    attributes: dict[str, Any] = {key: _array(value) for key, value in tree["attributes"].items()}
+    names = attributes.pop("feature_names_in_")
+    if names is not None:
+        attributes["feature_names_in_"] = np.array(names, dtype=object)
+    vars(estimator).update(
+        attributes, model_=predictive.model, posterior_=predictive.weights, history_=History(**tree["history"])
+    )
+    return estimator
+
+
+def _attributes(name: str) -> dict[str, type]:
+    return _ATTRIBUTES | (_OF_DETECTORS if name == "BayesianOutlierDetector" else {})
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def _array(value: Any) -> Any:  # noqa: ANN401
+    return value.numpy() if isinstance(value, Tensor) else value

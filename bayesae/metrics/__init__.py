@@ -1,0 +1,28 @@
+"""How good scores and predictive distributions are: detection (rows and pixels), likelihood, calibration, sharpness."""
+
+from bayesae.metrics.detection import Interval, aupr, auroc, bootstrap_interval, fpr_at_tpr
+from bayesae.metrics.pixels import per_region_overlap, pixel_aupr, pixel_auroc, pixel_auroc_interval
+from bayesae.metrics.predictions import (
+    QuantileCalibration,
+    gaussian_crps,
+    gaussian_nll,
+    quantile_calibration,
+    sharpness,
+)
+
+__all__ = [
+    "Interval",
+    "QuantileCalibration",
+    "aupr",
+    "auroc",
+    "bootstrap_interval",
+    "fpr_at_tpr",
+    "gaussian_crps",
+    "gaussian_nll",
+    "per_region_overlap",
+    "pixel_aupr",
+    "pixel_auroc",
+    "pixel_auroc_interval",
+    "quantile_calibration",
+    "sharpness",
+]

@@ -1,0 +1,124 @@
+"""`estimate_noise`: the noise of a likelihood that learns it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from bayesae.codes import CodePosterior, encode
+from bayesae.data import Data, batches
+from bayesae.errors import DataError, UnsupportedError
+from bayesae.models import Autoencoder
+
+__all__ = ["estimate_noise", "learns_noise", "noise_pass"]
+
+_MAX_PASSES = 100
+
+
+@runtime_checkable
+class NoisyLikelihood(Protocol):
+    """A likelihood with noise of its own: what `estimate_noise` asks of it."""
+
+    is_learned: bool
+    is_estimated: bool
+
+    def start_noise(self) -> None:
+        """Make densities possible before the first estimate."""
+        ...
+
+    def noise_statistics(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Float64 sums of one batch; those of batches add up."""
+        ...
+
+    def update_noise(self, statistics: Tensor) -> bool:
+        """Set the noise from the sums of one pass; whether another pass would move it."""
+        ...
+
+
+def estimate_noise(
+    model: Autoencoder, data: Data, *, codes: CodePosterior = encode, n_data: int | None = None
+) -> float | Tensor | None:
+    """Set a learned noise to its maximum-likelihood value given the outputs, **in place**, floor applied.
+
+    A Gaussian variance becomes the mean squared residual. For networks trained elsewhere; `fit_model` does it by
+    itself, with one pass after every epoch.
+
+    Args:
+        model: An autoencoder whose likelihood learns noise, such as ``Gaussian()`` or ``StudentT()``.
+        data: Rows, best ones that did not train the network; a stream only with ``n_data``.
+        codes: How codes are drawn.
+        n_data: Rows of a pass over a stream.
+
+    Returns:
+        The noise scale, units of x, as the likelihood's ``scale``; None for noise that is not a scale.
+
+    Exact when: one pass gives the maximum (Gaussian noise); else passes go on until the next would not move it.
+    Biased when: the rows trained the network: residuals understate the noise of new rows.
+    Cost: one pass for Gaussian noise, about ten for others, 100 at most.
+
+    Raises:
+        UnsupportedError: If the likelihood has no noise to learn.
+        DataError: If no entry is observed.
+    """
+    if not learns_noise(model):
+        expected = "Gaussian() with a learned scale, or another likelihood that learns noise"
+        raise UnsupportedError(expected, repr(model.likelihood), "Its scale is given.")
+    for _ in range(_MAX_PASSES):
+        if not noise_pass(model, data, codes, n_data):
+            break
+    return getattr(model.likelihood, "scale", None)
+
+
+def learns_noise(model: Autoencoder) -> bool:
+    """Whether the likelihood has noise that is not given."""
+    return isinstance(model.likelihood, NoisyLikelihood) and model.likelihood.is_learned
+
+
+@torch.no_grad()
+def noise_pass(model: Autoencoder, data: Data, codes: CodePosterior, n_data: int | None = None) -> bool:
+    """Move the likelihood's noise by one pass over the data; whether another pass would move it.
+
+    Args:
+        model: Its likelihood learns noise.
+        data: Rows.
+        codes: How codes are drawn.
+        n_data: Rows of a pass over a stream.
+
+    Returns:
+        Whether the noise has yet to settle.
+
+    Raises:
+        DataError: If no entry is observed.
+    """
+    likelihood = model.likelihood
+    assert isinstance(likelihood, NoisyLikelihood)
+    if not likelihood.is_estimated:
+        likelihood.start_noise()  # the draws' densities ask for one
+    statistics, has_observed = None, False
+    with _evaluating(model):
+        for batch in batches(data, model.reference, batch_size=1024, is_shuffled=False, n_data=n_data):
+            outputs = codes(model.live(), batch).outputs
+            assert outputs is not None
+            shape = model.likelihood.data_shape(outputs.shape[3:])
+            mask = None if batch.mask is None else batch.mask.reshape(-1, *shape)
+            has_observed = has_observed or mask is None or bool(mask.any())
+            of_batch = likelihood.noise_statistics(outputs, batch.explained.reshape(-1, *shape), mask)
+            statistics = of_batch if statistics is None else statistics + of_batch
+    if statistics is None or not has_observed:
+        raise DataError("an observed entry to estimate the noise on", "none", "Every entry of every row is masked.")
+    return likelihood.update_noise(statistics)
+
+
+@contextmanager
+def _evaluating(model: Autoencoder) -> Generator[None, None, None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,176 @@
+"""What a step of training is made of: schedules, low precision, accumulation, clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bayesae.codes import CodePosterior
+from bayesae.draws import Draws
+from bayesae.errors import DataError, NonFiniteError, UnsupportedError
+from bayesae.models import Autoencoder, Bound
+from bayesae.types import Batch, WeightPrior
+
+__all__ = ["Schedule", "Stepper", "constant", "cosine", "one_cycle"]
+
+Schedule: TypeAlias = Literal["constant", "cosine", "one_cycle"] | Callable[[float], float]
+"""Factor of the learning rate as a function of the share of training that is done, in [0, 1)."""
+
+
+def constant(progress: float) -> float:
+    """1, whatever the progress."""
+    return 1.0
+
+
+def cosine(progress: float) -> float:
+    r"""Half a cosine from 1 to 0: :math:`\tfrac12 (1 + \cos \pi p)`.
+
+    Args:
+        progress: p, share of training that is done.
+
+    Returns:
+        The factor.
+
+    References:
+        | SGDR: Stochastic Gradient Descent with Warm Restarts (Loshchilov, Hutter, 2017); no restarts here
+    """
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def one_cycle(progress: float) -> float:
+    """Warm-up from 1/25 to 1 over the first three tenths, then down to 4e-6, both along half a cosine.
+
+    Args:
+        progress: Share of training that is done.
+
+    Returns:
+        The factor; the constants are those of ``torch.optim.lr_scheduler.OneCycleLR``.
+
+    References:
+        | Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates (Smith, Topin, 2018)
+        | Departure: momentum stays as it is.
+    """
+    if progress < _WARM_UP:
+        return _LOW + (1 - _LOW) * (1 - cosine(progress / _WARM_UP))
+    return _END + (1 - _END) * cosine((progress - _WARM_UP) / (1 - _WARM_UP))
+
+
+_WARM_UP, _LOW, _END = 0.3, 1 / 25, 1 / 25e4
+_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine, "one_cycle": one_cycle}
+
+
+class _LowPrecision(Bound):
+    """The live model with its networks under autocast; codes and outputs come back in the weights' dtype."""
+
+    def __init__(self, model: Autoencoder, dtype: torch.dtype) -> None:
+        super().__init__(model, None)
+        self.dtype = dtype
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype):
+            codes = super().encode(x, context)
+        return codes.to(self.model.reference.dtype)
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        with torch.autocast(z.device.type, self.dtype):
+            outputs = super().decode(z, context)
+        return outputs.to(self.model.reference.dtype)
+
+
+@dataclass
+class Stepper:
+    r"""One step of the optimiser, from one batch or from several.
+
+    .. math:: \nabla \Big[ -\tfrac{1}{\sum_j B_j} \sum_j \sum_{i=1}^{B_j} \ell(x_{ij}, \theta)
+              - \tfrac1N \log p(\theta) \Big]
+
+    Args:
+        model: Trained in place.
+        optimiser: Holds the trainable parameters.
+        objective: Reduction of draws to (S, B).
+        codes: How codes are drawn.
+        n_data: N.
+        schedule: Factor of the learning rates that the optimiser came with.
+        clip_norm: Largest Euclidean norm of the gradient of all parameters; None leaves it.
+        autocast: Dtype of the networks' products; None leaves them in the weights' own.
+
+    Raises:
+        UnsupportedError: If the schedule is unknown, or autocast is not bfloat16 over float32 weights.
+        DataError: If ``clip_norm`` is not positive.
+    """
+
+    model: Autoencoder
+    optimiser: torch.optim.Optimizer
+    objective: Callable[[Draws], Tensor]
+    codes: CodePosterior
+    n_data: int
+    schedule: Schedule
+    clip_norm: float | None
+    autocast: torch.dtype | None
+    rates: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule) and self.schedule not in _SCHEDULES:
+            expected = f"a schedule, one of {list(_SCHEDULES)} or a function of the progress"
+            raise UnsupportedError(expected, repr(self.schedule), "'constant' is the default.")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise DataError("a positive clip_norm", repr(self.clip_norm), "Leave it out to clip nothing.")
+        dtypes = (self.autocast, self.model.reference.dtype)
+        if self.autocast is not None and dtypes != (torch.bfloat16, torch.float32):
+            # gradients of float16 underflow unless the loss is scaled, and torch leaves float64 as it is
+            got = f"{self.autocast} and weights of {self.model.reference.dtype}"
+            raise UnsupportedError("autocast=torch.bfloat16 and float32 weights", got, "Leave autocast out.")
+        self.rates = [group["lr"] for group in self.optimiser.param_groups]
+
+    def step(self, batches: Sequence[Batch], prior: WeightPrior, progress: float) -> list[float]:
+        """Move the parameters once.
+
+        Args:
+            batches: Their gradients are summed in proportion to their rows.
+            prior: p(theta).
+            progress: Share of training that is done.
+
+        Returns:
+            The mean objective of each batch before the step, nats a row.
+
+        Raises:
+            NonFiniteError: If the objective is not finite.
+            DataError: If the schedule gives a negative factor, or none.
+        """
+        self._set_rates(progress)
+        self.optimiser.zero_grad(set_to_none=True)
+        n_rows = sum(len(batch.x) for batch in batches)
+        values = []
+        for at, batch in enumerate(batches):
+            self.model.likelihood.check(batch.explained)
+            value = self.objective(self.codes(self._live(), batch)).mean()
+            loss = -value * (len(batch.x) / n_rows)
+            if at == 0:
+                params = {name: leaf[None] for name, leaf in self.model.network.named_parameters()}
+                loss = loss - prior.log_prob(params).squeeze(0) / self.n_data
+            if not bool(torch.isfinite(loss)):
+                fix = "Lower learning_rate, or scale the data to about [0, 1]."
+                raise NonFiniteError("a finite objective", f"{float(value.detach())}", fix)
+            loss.backward()
+            values.append(float(value.detach()))
+        if self.clip_norm is not None:
+            parameters = [leaf for group in self.optimiser.param_groups for leaf in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        self.optimiser.step()
+        return values
+
+    def _live(self) -> Bound:
+        return self.model.live() if self.autocast is None else _LowPrecision(self.model, self.autocast)
+
+    def _set_rates(self, progress: float) -> None:
+        schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
+        factor = schedule(progress)
+        if not 0 <= factor < math.inf:
+            raise DataError("a schedule of factors of at least 0", f"{factor} at {progress}", "1 is the full rate.")
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
