@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ Data: TypeAlias = Tensor | np.ndarray | Batch | Dataset | DataLoader
 
 
 def check_counts(**counts: int) -> None:
-    """Raise unless every count is at least 1.
+    """Raise unless every count is a whole number of at least 1.
 
     Args:
         **counts: Counts by the name of their argument.
@@ -31,9 +32,16 @@ def check_counts(**counts: int) -> None:
     Raises:
         DataError: Naming those that are not.
     """
-    bad = {name: value for name, value in counts.items() if value < 1}
+
+    def is_count(value: int) -> bool:
+        try:
+            return operator.index(value) >= 1
+        except TypeError:
+            return False
+
+    bad = {name: value for name, value in counts.items() if not is_count(value)}
     if bad:
-        raise DataError(f"{', '.join(bad)} of at least 1", f"{bad}", "Leave them out for their defaults.")
+        raise DataError(f"{', '.join(bad)} of at least 1, whole", f"{bad}", "Leave them out for their defaults.")
 
 
 def as_tensor(x: object) -> Tensor:
@@ -59,12 +67,12 @@ def as_tensor(x: object) -> Tensor:
 
 def _checked(batch: Batch, like: Tensor) -> Batch:
     """A batch on the device and in the dtype of ``like``; entries that were not observed are set to 0."""
-
-    def moved(x: object) -> Tensor:
-        return as_tensor(x).to(device=like.device, dtype=like.dtype)
-
     _check_lengths(batch)
-    x, mask = moved(batch.x), batch.mask
+    # targets keep float32 at least, in which likelihoods score: bfloat16 would make a count of 257 one of 256
+    scored = torch.promote_types(like.dtype, torch.float32)
+    x, mask, target = as_tensor(batch.x).to(like), batch.mask, batch.target
+    if target is None and scored != like.dtype:
+        target = batch.x
     if x.dim() < 2 or len(x) == 0:
         raise (DataError if x.dim() and len(x) == 0 else ShapeError)(
             "at least one row, of shape (N, *data)", f"shape {tuple(x.shape)}", "A single row needs a first axis of 1."
@@ -79,10 +87,15 @@ def _checked(batch: Batch, like: Tensor) -> Batch:
             )
         x = torch.where(mask, x, 0)
     named = {"x": x}
-    target = batch.target
     if target is not None:
-        target = moved(target)
-        if mask is not None and target[0].numel() == mask[0].numel():
+        target = as_tensor(target).to(device=like.device, dtype=scored)
+        if mask is not None:
+            if target[0].numel() != mask[0].numel():
+                raise ShapeError(
+                    f"a target of {mask[0].numel()} numbers a row, as x has, where there is a mask",
+                    f"{target[0].numel()}",
+                    "Set unobserved entries of x to 0 yourself and leave the mask out.",
+                )
             target = torch.where(mask.reshape(target.shape), target, 0)
         named["target"] = target
     check_finite(named, "data", "Remove those rows, fill those entries in, or mask them.")
@@ -95,10 +108,12 @@ def _checked(batch: Batch, like: Tensor) -> Batch:
 
 
 def _check_lengths(batch: Batch) -> None:
-    """Raise unless context and target have a row for every row of x: cut to size, they would be other rows' own."""
-    for name in ("context", "target"):
-        if (value := getattr(batch, name)) is not None and len(value) != len(batch.x):
-            raise ShapeError(f"a {name} of {len(batch.x)} rows", f"{len(value)}", "One for every row of x.")
+    """Raise unless all fields have a row for every row of x: cut to size, they would be other rows' own."""
+    n_rows = next(iter(as_tensor(batch.x).shape), 0)
+    for name, value in batch._asdict().items():
+        if name != "x" and value is not None and as_tensor(value).shape[:1] != (n_rows,):
+            got = f"{len(value)}" if as_tensor(value).dim() else "a single number"
+            raise ShapeError(f"a {name} of {n_rows} rows", got, "One for every row of x.")
 
 
 def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
@@ -107,13 +122,17 @@ def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
     Args:
         data: Anything of `Data`; a loader must go through its rows in order.
         like: A parameter of the network that will see them.
-        mask: True where x was observed; other entries may be NaN and are set to 0.
+        mask: True where x was observed; other entries may be NaN and are set to 0. It takes the place of the data's
+            own masks.
 
     Returns:
-        The rows; the caller's own tensor where nothing had to change.
+        The rows; the caller's own tensor where nothing had to change. Where only some batches of a loader have a mask,
+        the others are observed throughout. Of a network narrower than float32 there is always a target, in float32.
 
     Raises:
-        DataError: If a loader shuffles: the caller could not tell which score is whose.
+        DataError: If a loader shuffles (the caller could not tell which score is whose), or only some of its batches
+            have a context or a target.
+        ShapeError: If rows, mask, context and target do not fit one another.
     """
     if isinstance(data, IterableDataset):
         data = DataLoader(data)
@@ -121,19 +140,37 @@ def as_rows(data: Data, like: Tensor, mask: Tensor | None = None) -> Batch:
         if not isinstance(data.dataset, IterableDataset) and not isinstance(_sampler(data), SequentialSampler):
             kind = type(_sampler(data) or data.batch_sampler).__name__
             raise DataError("rows in their own order", f"a loader with {kind}", "Use shuffle=False.")
-        pieces = list(batches(data, like, batch_size=1, is_shuffled=False))
-        optional = {name: [getattr(piece, name) for piece in pieces] for name in ("mask", "context", "target")}
-        given = {name: torch.cat(part) for name, part in optional.items() if part[0] is not None}
-        rows = Batch(torch.cat([piece.x for piece in pieces]), **given)
+        rows = _joined(list(_given(data)), like, mask)
     elif isinstance(data, Dataset):
-        x = torch.stack([as_tensor(_first(data[i])) for i in range(count_rows(data))])
-        rows = Batch(x)
+        rows = Batch(torch.stack([_row(data, i) for i in range(count_rows(data))]))
     else:
         rows = data if isinstance(data, Batch) else Batch(as_tensor(data))
     if mask is not None:
         rows = rows._replace(mask=mask)
     rows = _checked(rows, like)
     return rows._replace(index=torch.arange(len(rows.x)))
+
+
+def _joined(pieces: list[Batch], like: Tensor, mask: Tensor | None) -> Batch:
+    """Batches of a loader as one, each checked; ``mask`` of all rows takes the place of their own."""
+    if mask is not None:
+        sizes = [len(piece.x) for piece in pieces]
+        _check_lengths(Batch(torch.empty(sum(sizes)), mask))
+        parts = as_tensor(mask).split(sizes)
+        pieces = [piece._replace(mask=part) for piece, part in zip(pieces, parts, strict=True)]
+    for name in ("context", "target"):
+        n = sum(getattr(piece, name) is not None for piece in pieces)
+        if n not in (0, len(pieces)):
+            fix = "Let the loader's collation give it always or never."
+            raise DataError(f"a {name} with every batch, or with none", f"{n} of {len(pieces)} with one", fix)
+    pieces = [_checked(piece, like) for piece in pieces]
+    if any(piece.mask is not None for piece in pieces):  # a collation may give one only where something is missing
+        pieces = [
+            piece._replace(mask=torch.ones_like(piece.x, dtype=torch.bool)) if piece.mask is None else piece
+            for piece in pieces
+        ]
+    fields = {name: [getattr(piece, name) for piece in pieces] for name in ("x", "mask", "context", "target")}
+    return Batch(**{name: torch.cat(parts) for name, parts in fields.items() if parts[0] is not None})
 
 
 def _sampler(loader: DataLoader) -> object:
@@ -194,21 +231,17 @@ def batches(
         data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader):
         n_left = n_data if isinstance(data.dataset, IterableDataset) else None
-        is_empty = True
-        for item in data:
-            is_empty = False
-            batch = _checked(item if isinstance(item, Batch) else Batch(as_tensor(_first(item))), like)
+        for given in _given(data):
+            batch = _checked(given, like)
             yield batch if n_left is None else _first_rows(batch, n_left)
             if n_left is not None and (n_left := n_left - len(batch.x)) <= 0:
                 return  # a stream without an end is not asked for one more batch
-        if is_empty:
-            raise DataError("at least one batch", "a loader that gave none", "Was it a stream, read once already?")
         return
     n_data = count_rows(data)
     order = torch.randperm(n_data) if is_shuffled else torch.arange(n_data)
     if isinstance(data, Dataset):
         for index in order.split(batch_size):
-            rows = torch.stack([as_tensor(_first(data[i])) for i in index.tolist()])
+            rows = torch.stack([_row(data, i) for i in index.tolist()])
             yield _checked(Batch(rows, index=index), like)
         return
     given = data if isinstance(data, Batch) else Batch(as_tensor(data))
@@ -217,6 +250,26 @@ def batches(
     for index in order.split(batch_size):
         some = {name: value[index.to(value.device)] for name, value in fields.items()}
         yield _checked(Batch(**{"index": index, **some}), like)
+
+
+def _given(loader: DataLoader) -> Iterator[Batch]:
+    """What a loader gives, unchecked."""
+    is_empty = True
+    for item in loader:
+        is_empty = False
+        yield item if isinstance(item, Batch) else Batch(as_tensor(_first(item)))
+    if is_empty:
+        raise DataError("at least one batch", "a loader that gave none", "Was it a stream, read once already?")
+
+
+def _row(data: Dataset, i: int) -> Tensor:
+    """X of one item of a data set."""
+    item = data[i]
+    if isinstance(item, Batch):
+        got = "a Batch, whose mask, context and target would be lost"
+        fix = "Give one Batch of all rows, or a DataLoader whose collate_fn makes a Batch of such items."
+        raise DataError("items x or (x, ...) of a data set", got, fix)
+    return as_tensor(_first(item))
 
 
 def _first_rows(batch: Batch, n: int) -> Batch:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.errors import UnsupportedError
+from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.types import Likelihood
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Moments",
     "concatenate_rows",
     "concatenate_weight_draws",
+    "fitted_rows",
     "logmeanexp_over_latents",
     "logmeanexp_over_weights",
     "mean_over_weights",
@@ -151,10 +152,36 @@ class Moments:
         Returns:
             Of the likelihood's law with these moments: N(mean, total) for Gaussian ones, a negative binomial for
             counts, Bernoulli(mean) and its like where the mean settles all (``log_predictive`` of each says which).
+
+        Raises:
+            ShapeError: If x has other rows, or rows of another size.
         """
-        rows = torch.as_tensor(x).to(self.mean)
-        shape = self.mean.shape if rows.numel() == self.mean.numel() else self.mean.shape[:-1]
-        return self.likelihood.log_predictive(self.mean, self.total, rows.reshape(shape))
+        shape = self.mean.shape[:-1] if self.likelihood.is_nominal else self.mean.shape
+        return self.likelihood.log_predictive(self.mean, self.total, fitted_rows(x, shape, self.mean))
+
+
+def fitted_rows(x: Tensor | np.ndarray, shape: Sequence[int], like: Tensor) -> Tensor:
+    r"""Rows as a record knows them.
+
+    Args:
+        x: (B, ...), of as many numbers a row as ``shape`` has; (B,) will do for (B, 1) and the other way round.
+        shape: Of the record's data, (B, \*data).
+        like: Gives dtype and device.
+
+    Returns:
+        (B, \*data).
+
+    Raises:
+        ShapeError: If there are other rows, or rows of another size.
+    """
+    rows = torch.as_tensor(x)
+    if rows.dim() == 0 or len(rows) != shape[0] or rows.numel() != math.prod(shape):
+        raise ShapeError(
+            f"x of shape {tuple(shape)}",
+            f"{tuple(rows.shape)}",
+            "Give the rows that the moments or draws were made of.",
+        )
+    return rows.to(like).reshape(tuple(shape))
 
 
 Record = TypeVar("Record", Draws, Moments)

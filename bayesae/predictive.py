@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from bayesae import random
 from bayesae.codes import CodePosterior, encode
 from bayesae.codes.base import score_outputs
-from bayesae.data import Data, as_rows, check_counts
+from bayesae.data import Data, as_rows, as_tensor, check_counts
 from bayesae.draws import Draws, Moments, concatenate_rows, concatenate_weight_draws
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
@@ -181,17 +181,24 @@ class Predictive:
 
         Args:
             n_weight_draws: S, as in a call.
-            context: For a decoder that takes one: (1, C) for all codes, or (B, C), one for each.
+            context: For a decoder that takes one: (1, C) for all codes, or (B, C), one for each; labels may be (B,).
             seed: As in a call.
 
         Returns:
-            A differentiable function from codes (B, Z) to data-space means (S, B, \*O).
+            A differentiable function from codes (B, Z) to data-space means (S, B, \*O). It raises `ShapeError` if
+            there are neither one context nor as many as codes.
         """
+        if context is not None:
+            context = as_tensor(context)
+            context = context[:, None] if context.dim() == 1 else context.flatten(1)
         with random.scope(seed, self.model.reference.device):
             params = self.weights.sample(self._n_draws(n_weight_draws))
         mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
 
         def decode(z: Tensor) -> Tensor:
+            if context is not None and len(context) not in (1, len(z)):
+                fix = "Give one for every code, or one, of shape (1, C), for all."
+                raise ShapeError(f"contexts of {len(z)} codes", f"{len(context)}", fix)
             given = None if context is None else context.to(z).expand(len(z), -1)
             if not self.is_linearised:
                 outputs = self.model.at(params).decode(z.expand(n_draws(params), *z.shape), given)

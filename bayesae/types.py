@@ -43,9 +43,12 @@ class Batch(NamedTuple):
 
     Args:
         x: Inputs, (B, \*data).
-        mask: True where ``x`` is observed, (B, \*data); None if everything is.
+        mask: True where ``x`` is observed, (B, \*data); None if everything is. Other entries are read as 0 and not
+            scored. Neither are the entries of ``target`` in their places, clean or not: to score a target in full
+            (denoising, say), set what is missing in ``x`` to 0 yourself and leave the mask out. A target of another
+            size than x takes no mask: `ShapeError`.
         context: Labels or covariates, (B, ...).
-        target: What the outputs are to explain; ``x`` itself if None.
+        target: What the outputs are to explain, (B, ...); ``x`` itself if None.
         index: Row numbers in the data set, (B,): what persistent chains key on.
     """
 
@@ -104,6 +107,11 @@ class Likelihood(Protocol):
         """Whether `output_hessian` is the Fisher information, because the Hessian is not positive semi-definite."""
         ...
 
+    @property
+    def is_nominal(self) -> bool:
+        """Whether data are classes without an order: moments then have an axis of the classes more than the data."""
+        ...
+
     def check(self, target: Tensor) -> None:
         r"""Raise if ``target`` (B, \*D) cannot have come from this likelihood."""
         ...
@@ -118,6 +126,10 @@ class Likelihood(Protocol):
 
     def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
         r"""The law of the data, independent over numbers: batch shape (..., B, \*D)."""
+        ...
+
+    def log_density(self, outputs: Tensor, target: Tensor) -> Tensor:
+        r"""Log-density (..., B, \*D) of every number of ``target`` (B, \*D) under ``outputs`` (..., B, \*O), nats."""
         ...
 
     def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

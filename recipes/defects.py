@@ -32,7 +32,7 @@ What came out (first seed; all of it in benchmarks/results/defects.json):
 Expected over seeds 0 to 2 (checked at the end of a full run on Fashion-MNIST): pixel AUROC of the squared error
 0.98 ± 0.02 on scratches and 0.79 ± 0.04 on missing parts; a gain of 0 ± 0.015 for Laplace's density on every defect, of
 0.04 ± 0.03 for MAP with noise per pixel on stains, and of -0.065 ± 0.04 for the squared error less its familiar mean on
-missing parts. Runtime: a quarter of an hour on one core; ``--fast`` half a minute.
+missing parts. Runtime: 24 minutes on one core beside other work; ``--fast`` half a minute.
 """
 
 from __future__ import annotations

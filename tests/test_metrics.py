@@ -41,6 +41,7 @@ def test_fpr_at_tpr_equals_a_loop_over_thresholds():
     assert metrics.fpr_at_tpr(familiar, strange) == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_bootstrap_covers_the_truth_and_leaves_the_generator():
     exact = float(torch.special.ndtr(torch.tensor(0.8 / math.sqrt(2))))
     state, hits = torch.get_rng_state(), 0

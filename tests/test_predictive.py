@@ -205,7 +205,7 @@ class TestMasks:
 
     def test_shape_and_dtype(self, model, rows):
         for mask in (torch.ones(3, 7, dtype=torch.bool), torch.ones(9, 7)):
-            with pytest.raises(bae.errors.ShapeError, match="mask of shape"):
+            with pytest.raises(bae.errors.ShapeError, match="a mask of"):
                 bae.Predictive(model, particles(model, 2))(rows, mask)
 
 

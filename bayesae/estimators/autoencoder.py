@@ -54,12 +54,13 @@ class BayesianAutoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Tab
             39.4 and -2.2 with Gaussian noise.
         weights: Method of the weight posterior. None: ``weights.Laplace("kronecker")``; on the same rows with Gaussian
             noise it gave -4.0, 46.7 and 36.3 nats, the diagonal -5.2, 40.4 and 28.7.
-        standardise: Whether columns are centred and divided by their standard deviation (constant ones by 1) first.
-            False for a likelihood of counts or of zeros and ones.
+        standardise: Whether columns are centred and divided by their standard deviation first; by 1, if it is below
+            1e-12 of the mean or below 1e-300. False for a likelihood of counts or of zeros and ones.
         epochs: Passes over the rows, at most.
         batch_size: Rows a step; None: a twentieth of the rows, between 16 and 512.
         learning_rate: Of Adam.
-        patience: Epochs without a better held-out objective after which training stops and goes back to the best.
+        patience: Epochs without a better held-out objective after which training stops and goes back to the best; None
+            trains all epochs and keeps the last.
         validation_fraction: Share of the rows that is held out of the training, for stopping, the noise and thresholds.
         random_state: Of the held-out rows, the initial weights and the order of rows: an int leaves every generator
             untouched, a ``RandomState`` is advanced by one number, and None advances numpy's global one, as everywhere

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from bayesae import nets, ood, random
 from bayesae.errors import DataError
+from bayesae.estimators.checks import check_training
 from bayesae.likelihoods import StudentT
 from bayesae.models import Autoencoder
 from bayesae.predictive import Predictive
@@ -28,6 +29,21 @@ _FLOOR = 1e-2  # of a column's noise, in standard deviations: finer agreement wo
 _WIDTHS = (16, 128)
 _ROWS_A_STEP = (16, 512)
 _STEPS_AN_EPOCH = 20
+
+
+def _moments(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of columns, also where sums or squares leave the range of floats."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        mean, deviation = table.mean(0), table.std(0)
+    # squares of less than 1e-300 lose digits, or are zero
+    lost = (deviation < 1e-150) & (table.max(0) != table.min(0))
+    lost |= ~(np.isfinite(mean) & np.isfinite(deviation))
+    if lost.any():
+        columns = table[:, lost]
+        _, exponent = np.frexp(np.abs(columns).max(0))
+        unit = np.ldexp(columns, -exponent)  # a power of two rounds nothing
+        mean[lost], deviation[lost] = np.ldexp(unit.mean(0), exponent), np.ldexp(unit.std(0), exponent)
+    return mean, deviation
 
 
 class TableModel(BaseEstimator):
@@ -70,7 +86,8 @@ class TableModel(BaseEstimator):
             The estimator itself.
 
         Raises:
-            DataError: If a size or a share is out of its range.
+            DataError: If an argument is out of its range, or a column too wide for floats.
+            UnsupportedError: If ``likelihood`` or ``weights`` is none.
         """
         self._fit(X)
         return self
@@ -78,9 +95,7 @@ class TableModel(BaseEstimator):
     def _fit(self, X: object) -> tuple[np.ndarray, np.ndarray]:  # noqa: N803 - scikit-learn's name
         """Fit everything; the checked table and the row numbers that were held out."""
         table = self._validated(X, ensure_min_samples=2)
-        if not 0 < self.validation_fraction < 1:
-            fix = "0.2 holds out a fifth."
-            raise DataError("a validation_fraction in (0, 1)", repr(self.validation_fraction), fix)
+        check_training(self)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self._set_scale(table)
         rows = self._scaled(table)
@@ -90,7 +105,8 @@ class TableModel(BaseEstimator):
         held_out = np.sort(order[:n_held_out])
         train, validation = rows[np.sort(order[n_held_out:])], rows[held_out]
         hidden, n_latents = self._sizes(n_columns)
-        size = self.batch_size or min(max(len(train) // _STEPS_AN_EPOCH, _ROWS_A_STEP[0]), _ROWS_A_STEP[1])
+        size = min(max(len(train) // _STEPS_AN_EPOCH, _ROWS_A_STEP[0]), _ROWS_A_STEP[1])
+        size = size if self.batch_size is None else self.batch_size
         likelihood = StudentT(per_output=True, floor=_FLOOR) if self.likelihood is None else self.likelihood
         with random.scope(seed):
             encoder = nets.mlp(n_columns, hidden, n_latents).double()
@@ -116,23 +132,26 @@ class TableModel(BaseEstimator):
         """Hidden widths of the encoder, and the code's size."""
         width = min(max(4 * n_columns, _WIDTHS[0]), _WIDTHS[1])
         hidden = [width] if self.hidden is None else [int(one) for one in self.hidden]
-        n_latents = (
-            max(1, min(round(math.sqrt(n_columns)), n_columns - 1)) if self.latent_dim is None else int(self.latent_dim)
-        )
-        if min([n_latents, *hidden]) < 1:
-            raise DataError("latent_dim and hidden widths of at least 1", f"{n_latents} and {hidden}", "See the rule.")
+        n_latents = max(1, min(round(math.sqrt(n_columns)), n_columns - 1))
+        n_latents = n_latents if self.latent_dim is None else int(self.latent_dim)
         return hidden, n_latents
 
     def _set_scale(self, table: np.ndarray) -> None:
         table = table.astype(np.float64)
         self.mean_, self.scale_ = np.zeros(table.shape[1]), np.ones(table.shape[1])
         if self.standardise:
-            self.mean_, deviation = table.mean(0), table.std(0)
+            self.mean_, deviation = _moments(table)
             # below the rounding of the mean a deviation is no deviation
             self.scale_ = np.where(deviation > 1e-12 * np.abs(self.mean_) + 1e-300, deviation, 1.0)
 
     def _scaled(self, table: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy((table.astype(np.float64) - self.mean_) / self.scale_)
+        with np.errstate(over="ignore"):
+            rows = (table.astype(np.float64) - self.mean_) / self.scale_
+        if not np.isfinite(rows).all():
+            columns = np.flatnonzero(~np.isfinite(rows).all(0))
+            got = f"infinite ones in columns {columns[:5].tolist()} ({len(columns)} in all)"
+            raise DataError("rows that are finite once scaled", got, "Clip them, or give them another unit.")
+        return torch.from_numpy(rows)
 
     def _checked(self, X: object) -> np.ndarray:  # noqa: N803
         check_is_fitted(self)

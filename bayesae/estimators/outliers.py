@@ -8,8 +8,8 @@ from typing import Self
 import numpy as np
 from sklearn.base import OutlierMixin
 
-from bayesae.errors import DataError
 from bayesae.estimators.base import TableModel
+from bayesae.estimators.checks import check_number
 from bayesae.types import Likelihood
 from bayesae.weights import WeightInference
 
@@ -103,13 +103,14 @@ class BayesianOutlierDetector(OutlierMixin, TableModel):
             The estimator itself.
 
         Raises:
-            DataError: If a size or a share is out of its range.
+            DataError: If an argument is out of its range, or a column too wide for floats.
+            UnsupportedError: If ``likelihood`` or ``weights`` is none.
         """
-        if self.contamination is not None and not 0 < self.contamination <= 0.5:
+        if self.contamination is not None:
             fix = "None takes the threshold from held-out rows."
-            raise DataError("a contamination in (0, 0.5], or None", repr(self.contamination), fix)
-        if not 0 < self.false_alarm_rate < 1:
-            raise DataError("a false_alarm_rate in (0, 1)", repr(self.false_alarm_rate), "0.05 is one in twenty.")
+            check_number("contamination", self.contamination, "in (0, 0.5], or None", lambda n: 0 < n <= 0.5, fix)
+        fix = "0.05 is one in twenty."
+        check_number("false_alarm_rate", self.false_alarm_rate, "in (0, 1)", lambda n: 0 < n < 1, fix)
         table, held_out = self._fit(X)
         self.decision_scores_ = self._contributions(table).sum(1)
         self.held_out_scores_ = np.sort(self.decision_scores_[held_out])

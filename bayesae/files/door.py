@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bayesae import encoding
 from bayesae.errors import BayesAEError, FileError, UnsupportedError
 from bayesae.files import tables
-from bayesae.files.predictives import DAMAGED, DTYPES, check_tree, expect, predictive_of, tree_of
+from bayesae.files.predictives import DAMAGED, DTYPES, REFUSALS, check_tree, expect, predictive_of, tree_of
 from bayesae.predictive import Predictive
 
 __all__ = ["describe", "load", "save"]
@@ -39,6 +39,7 @@ def save(fitted: Any, path: str | os.PathLike[str]) -> None:  # noqa: ANN401 - s
     Raises:
         UnsupportedError: If the likelihood, the code, the posterior or a network's state is none of this library's;
             the message names it.
+        ShapeError: If the model's ``data_shape`` or likelihood does not go with its networks.
         NotFittedError: If an estimator was not fitted.
         FileError: If the folder does not exist.
     """
@@ -140,7 +141,7 @@ def _assembled(
     """The parts put together; parts that do not go together are the file's fault, in whatever words they say so."""
     try:
         return tables.estimator_of(tree) if kind == "estimator" else predictive_of(tree, given, device, dtype)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except REFUSALS as error:
         if isinstance(error, BayesAEError):
             raise
         raise FileError(f"a {kind}", f"{str(path)!r}: {type(error).__name__}: {str(error)[:400]}", DAMAGED) from error

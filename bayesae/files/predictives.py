@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +14,23 @@ from torch import Tensor, nn
 from bayesae import likelihoods, nets, random
 from bayesae.codes import CodePosterior, encode
 from bayesae.errors import BayesAEError, FileError, ParameterError, ShapeError, UnsupportedError
-from bayesae.families import IndependentNormals, Particles
+from bayesae.families import (
+    DenseNormal,
+    DiagonalNormal,
+    IndependentNormals,
+    KroneckerNormal,
+    LowRankNormal,
+    Particles,
+)
 from bayesae.functional import dtype_of
 from bayesae.models import Autoencoder
 from bayesae.predictive import Predictive
-from bayesae.types import WeightPosterior
+from bayesae.types import Likelihood, WeightPosterior
 
 __all__ = [
     "DAMAGED",
     "DTYPES",
+    "REFUSALS",
     "check_tree",
     "expect",
     "likelihood_of",
@@ -44,11 +53,15 @@ _TREE = {
     "data_shape": (tuple, type(None)),
     "dtype": (str,),
     "training": (list,),
-    "weights": (object,),
+    "weights": (DiagonalNormal, KroneckerNormal, DenseNormal, LowRankNormal, IndependentNormals, Particles),
     "codes": (str, type(None)),
     "linearised": (bool, type(None)),
 }
+_LARGEST = 2**48  # numbers in a row, as in every shape of a file
 DAMAGED = "Copy the file again from where it was written."
+
+# what constructors, torch among them, say of arguments that a file made up
+REFUSALS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def tree_of(predictive: Predictive) -> dict[str, Any]:
@@ -62,6 +75,7 @@ def tree_of(predictive: Predictive) -> dict[str, Any]:
 
     Raises:
         UnsupportedError: If a part has no name in a file.
+        ShapeError: If ``data_shape`` or the likelihood does not go with the networks.
     """
     model = predictive.model
     if type(model) is not Autoencoder:
@@ -70,9 +84,11 @@ def tree_of(predictive: Predictive) -> dict[str, Any]:
     if not codes:
         got = getattr(predictive.codes, "__name__", type(predictive.codes).__name__)
         raise UnsupportedError("codes.encode or None as codes", f"{got!r}", "A code of your own has no name in a file.")
+    encoder, decoder = _network_tree(model.encoder), _network_tree(model.decoder)
+    _check_sizes(encoder["recipe"], decoder["recipe"], model.likelihood, model.data_shape)
     return {
-        "encoder": _network_tree(model.encoder),
-        "decoder": _network_tree(model.decoder),
+        "encoder": encoder,
+        "decoder": decoder,
         "likelihood": likelihood_tree(model.likelihood),
         "data_shape": model.data_shape,
         "dtype": str(dtype_of(model)).removeprefix("torch."),
@@ -130,10 +146,23 @@ def check_tree(tree: Any) -> None:  # noqa: ANN401 - from a file
     expect(tree, _TREE, "a predictive")
     for name in ("encoder", "decoder"):
         expect(tree[name], _PART, name)
-    expect(tree["likelihood"], _HEAD, "likelihood")
-    shape = tree["data_shape"]
-    if shape is not None and not all(type(n) is int and n > 0 for n in shape):
+    likelihood_of(tree["likelihood"])
+    weights, shape = tree["weights"], tree["data_shape"]
+    if isinstance(weights, IndependentNormals) and not weights.parts:
+        raise FileError("parts of a posterior", "none", DAMAGED)
+    if isinstance(weights, Particles) and tree["linearised"]:
+        raise FileError("a continuous posterior to linearise", "particles", DAMAGED)
+    if shape is not None and not (shape and all(type(n) is int and n > 0 for n in shape) and _fits(shape)):
         raise FileError("a shape of rows", repr(shape)[:80], DAMAGED)
+    for name, known in (("dtype", DTYPES), ("codes", _CODES)):
+        if tree[name] not in known:
+            raise FileError(f"{name} among {list(known)}", repr(tree[name])[:80], DAMAGED)
+    if not all(type(name) is str for name in tree["training"]):
+        raise FileError("names of modules in training mode", "others", DAMAGED)
+
+
+def _fits(shape: Sequence[int]) -> bool:
+    return math.prod(shape) <= _LARGEST
 
 
 def expect(tree: Any, kinds: Mapping[str, tuple[type, ...]], what: str) -> dict[str, Any]:  # noqa: ANN401
@@ -159,19 +188,58 @@ def predictive_of(
 
     Returns:
         The predictive.
+
+    Raises:
+        FileError: If its parts do not go together.
+        BayesAEError: If a module, or the dtype, does not go with them.
     """
-    model = _model_of(tree, given).to(device=device, dtype=dtype)
-    weights = tree["weights"] if dtype is None else _in_dtype(tree["weights"], dtype, {})
-    return Predictive(model, weights, _CODES[tree["codes"]], tree["linearised"])
+    own = DTYPES[tree["dtype"]]
+    modules = {name: _network_of(tree[name], module, name, own) for name, module in given.items()}
+    try:
+        likelihood = likelihood_of(tree["likelihood"])
+        recipes = {name: tree[name]["recipe"] if module is None else None for name, module in given.items()}
+        _check_sizes(recipes["encoder"], recipes["decoder"], likelihood, tree["data_shape"])
+        model = Autoencoder(**modules, likelihood=likelihood, data_shape=tree["data_shape"])
+        for name, module in model.named_modules():
+            module.training = name in tree["training"]
+        model = model.to(device=device, dtype=dtype)
+        weights = tree["weights"] if dtype is None else _in_dtype(tree["weights"], dtype, {})
+        return Predictive(model, weights, _CODES[tree["codes"]], tree["linearised"])
+    except BayesAEError as error:
+        # the fault may be of somebody's module, or of a dtype too small for the file's numbers
+        if isinstance(error, FileError) or dtype is not None or any(module is not None for module in given.values()):
+            raise
+        raise FileError("parts that go together", str(error)[:400], DAMAGED) from error
 
 
-def _model_of(tree: dict[str, Any], given: Mapping[str, nn.Module | None]) -> Autoencoder:
-    dtype = DTYPES[tree["dtype"]]
-    modules = {name: _network_of(tree[name], module, name, dtype) for name, module in given.items()}
-    model = Autoencoder(**modules, likelihood=likelihood_of(tree["likelihood"]), data_shape=tree["data_shape"])
-    for name, module in model.named_modules():
-        module.training = name in tree["training"]
-    return model
+def _check_sizes(
+    encoder: dict[str, Any] | None,
+    decoder: dict[str, Any] | None,
+    likelihood: Likelihood,
+    data_shape: tuple[int, ...] | None,
+) -> None:
+    """Raise `ShapeError` if rows are not what the encoder's recipe takes, or outputs not what the likelihood takes."""
+    if decoder is not None:
+        inner = _plain_recipe(decoder)
+        if "n_in" in inner["arguments"]:
+            codes = torch.empty(1, inner["arguments"]["n_in"], device="meta")
+            likelihood.data_shape(_build(inner, "meta")(codes).shape[1:])
+    if encoder is not None and data_shape is not None:
+        inner = _plain_recipe(encoder)
+        arguments = inner["arguments"]
+        n_in = arguments.get("n_in") or arguments.get("length") or math.prod(arguments["shape"])
+        n_row = math.prod(data_shape)
+        # a context stands beside the row
+        if n_row > n_in or (n_row < n_in and inner is encoder):
+            fix = "Give Autoencoder(..., data_shape=) the shape of a row of x."
+            raise ShapeError(f"a data_shape of {n_in} numbers, as the encoder takes", f"{data_shape}", fix)
+
+
+def _plain_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of the network inside those that add a context."""
+    while "net" in recipe["arguments"]:
+        recipe = recipe["arguments"]["net"]
+    return recipe
 
 
 def likelihood_of(tree: dict[str, Any]) -> Any:  # noqa: ANN401 - a module and a Likelihood
@@ -184,15 +252,18 @@ def likelihood_of(tree: dict[str, Any]) -> Any:  # noqa: ANN401 - a module and a
         The likelihood.
 
     Raises:
-        FileError: If its noise is none.
+        FileError: If it is none.
     """
     expect(tree, _HEAD, "likelihood")
     for name, noise in tree["state"].items():
         # unknown noise is NaN
         if not isinstance(noise, Tensor) or not bool((noise.isnan() | ((noise > 0) & noise.isfinite())).all()):
             raise FileError(f"positive, finite noise as {name!r} of the likelihood", "others", DAMAGED)
-    likelihood = likelihoods.build(tree["name"], tree["arguments"])
-    _fill(likelihood, tree["state"], "likelihood")
+    try:
+        likelihood = likelihoods.build(tree["name"], tree["arguments"])
+        _fill(likelihood, tree["state"], "likelihood")
+    except REFUSALS as error:
+        raise FileError("a likelihood that can be", f"{type(error).__name__}: {str(error)[:400]}", DAMAGED) from error
     return likelihood
 
 
@@ -219,7 +290,8 @@ def _network_of(part: dict[str, Any], given: nn.Module | None, name: str, dtype:
     _fill(module.to(dtype=dtype), part["state"], name)
     flags = part["requires_grad"]
     if flags.keys() != dict(module.named_parameters()).keys():
-        raise ParameterError(f"parameters {list(flags)[:5]} ...", "others", f"Are weights of the {name} shared?")
+        kind, fix = (FileError, DAMAGED) if given is None else (ParameterError, f"Are weights of the {name} shared?")
+        raise kind(f"parameters {list(flags)[:5]} ...", "others", fix)
     for key, parameter in module.named_parameters():
         parameter.requires_grad_(bool(flags[key]))
     return module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,8 +62,12 @@ def tree_of(estimator: Any) -> dict[str, Any]:  # noqa: ANN401 - as in save
     if "posterior_" not in values:
         raise NotFittedError("a fitted estimator", f"{name} that was not fitted", "Call fit(X) first.")
     arguments = {key: values.pop(key) for key in estimator.get_params(deep=False)}
+    if not isinstance(seed := arguments["random_state"], int | np.integer | None):
+        fix = "Call set_params(random_state=None) first: what was fitted needs it no more."
+        raise UnsupportedError("an int or None", f"{type(seed).__name__} at 'arguments/random_state'", fix)
     if arguments["likelihood"] is not None:
         arguments["likelihood"] = likelihood_tree(arguments["likelihood"])
+    arguments = {key: _python(value) for key, value in arguments.items()}
     kept = {key: value for key, value in values.items() if key not in _FITTED}
     names = kept.pop("feature_names_in_", None)
     if unknown := kept.keys() ^ _attributes(name).keys():
@@ -100,8 +104,11 @@ def check_tree(tree: Any) -> None:  # noqa: ANN401 - from a file
     n_columns = tree["attributes"]["n_features_in_"]
     for key in ("mean_", "scale_"):
         values = tree["attributes"][key]
-        if values.shape != (n_columns,) or values.dtype != torch.float64 or not bool(values.isfinite().all()):
+        is_sound = bool(values.isfinite().all()) and (key == "mean_" or bool((values > 0).all()))
+        if values.shape != (n_columns,) or values.dtype != torch.float64 or not is_sound:
             raise FileError(f"{key} of {n_columns} columns", f"{values.dtype} {tuple(values.shape)}", DAMAGED)
+    if (likelihood := tree["arguments"].get("likelihood")) is not None:
+        likelihood_of(likelihood)
     predictives.check_tree(tree["predictive"])
 
 
@@ -127,6 +134,18 @@ def estimator_of(tree: dict[str, Any]) -> Any:  # noqa: ANN401 - as in save
 
 def _attributes(name: str) -> dict[str, type]:
     return _ATTRIBUTES | (_OF_DETECTORS if name == "BayesianOutlierDetector" else {})
+
+
+def _python(value: Any) -> Any:  # noqa: ANN401
+    """An argument with numpy's numbers as Python's own, and its arrays as lists."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if type(value) in {list, tuple}:
+        return type(value)(_python(entry) for entry in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: _python(getattr(value, field.name)) for field in fields(value) if field.init}
+        return replace(value, **parts)
+    return value
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

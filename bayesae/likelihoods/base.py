@@ -12,7 +12,7 @@ from bayesae.errors import DataError, ShapeError
 from bayesae.functional import at_least_float32
 from bayesae.types import OutputHessian
 
-__all__ = ["Head", "check_counts_of", "check_range", "log_normal_mean", "softplus", "sum_numbers"]
+__all__ = ["Head", "check_counts_of", "check_range", "float64_of", "log_normal_mean", "softplus", "sum_numbers"]
 
 
 class Head(nn.Module):
@@ -29,6 +29,7 @@ class Head(nn.Module):
 
     n_parameters: int = 1
     is_fisher: bool = False
+    is_nominal: bool = False
     is_learned: bool = False
     is_estimated: bool = True
 
@@ -138,6 +139,8 @@ def check_range(target: Tensor, name: str) -> None:
     Raises:
         DataError: Giving the range that came.
     """
+    if target.numel() == 0:
+        return  # no rows, no range
     low, high = float(target.min()), float(target.max())
     if low < 0 or high > 1:
         raise DataError(
@@ -164,6 +167,25 @@ def check_counts_of(target: Tensor, name: str) -> None:
             f"{float(target[is_bad][0]):.6g}",
             "Give raw counts and not their logarithms or shares, or use a Gaussian likelihood.",
         )
+
+
+def float64_of(what: str, given: object) -> Tensor:
+    """Numbers that a caller gave, as a float64 tensor.
+
+    Args:
+        what: Expected, in words.
+        given: Number, numbers, array or tensor.
+
+    Returns:
+        The numbers in their own shape, detached, on the CPU.
+
+    Raises:
+        DataError: If they are no numbers.
+    """
+    try:
+        return torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(what, repr(given), f"Give numbers ({error}).") from error
 
 
 def softplus(x: Tensor) -> Tensor:

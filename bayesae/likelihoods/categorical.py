@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from bayesae.errors import DataError
-from bayesae.likelihoods.base import Head
+from bayesae.likelihoods.base import Head, float64_of
 from bayesae.types import BlockHessian
 
 __all__ = ["Categorical"]
@@ -50,12 +51,16 @@ class Categorical(Head):
 
     def __init__(self, n_classes: int, values: Sequence[float] | Tensor | None = None) -> None:
         super().__init__()
+        try:
+            n_classes = operator.index(n_classes)
+        except TypeError as error:
+            raise DataError("a whole number of n_classes", repr(n_classes), "Give an int.") from error
         if n_classes < 2:
             raise DataError("n_classes of at least 2", repr(n_classes), "One class has nothing to learn.")
         self.n_parameters = n_classes
         self.values: tuple[float, ...] | None = None
         if values is not None:
-            given = torch.as_tensor(values, dtype=torch.float64)
+            given = float64_of("increasing values", values)
             if given.shape != (n_classes,) or not bool((given.diff() > 0).all() & given.isfinite().all()):
                 raise DataError(
                     f"{n_classes} increasing values", f"values of shape {tuple(given.shape)}", "One for every class."
@@ -90,13 +95,19 @@ class Categorical(Head):
                 "Number the classes from 0, give values=, or round the data to them.",
             )
 
+    @property
+    def is_nominal(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the classes came without values."""
+        return self.values is None
+
     def _classes(self, target: Tensor) -> tuple[Tensor, Tensor]:
         r"""Class of every number (B, \*D), and whether it is one."""
+        known = target.nan_to_num()  # NaN, which stands for what nobody observed, must index something
         if self.values is None:
-            classes = target.round().clamp(0, self.n_parameters - 1)
+            classes = known.round().clamp(0, self.n_parameters - 1)
             return classes.long(), classes == target
         values = torch.tensor(self.values, dtype=target.dtype, device=target.device)
-        classes = torch.bucketize(target.contiguous(), 0.5 * (values[1:] + values[:-1]))
+        classes = torch.bucketize(known.contiguous(), 0.5 * (values[1:] + values[:-1]))
         return classes, (values[classes] - target).abs() <= self._tolerance
 
     def log_density(self, outputs: Tensor, target: Tensor) -> Tensor:

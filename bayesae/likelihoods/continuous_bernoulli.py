@@ -56,7 +56,8 @@ class ContinuousBernoulli(Head):
         return (target - 0.5) * outputs - _log_sinhc(outputs / 2)
 
     def distribution(self, outputs: Tensor) -> torch.distributions.ContinuousBernoulli:
-        """Torch's continuous Bernoulli, which is less precise near a logit of 0 than `log_density`."""
+        """Torch's continuous Bernoulli, which stops probabilities short of 0 and 1: `log_density` does not."""
+        # at x = 0.9 its densities are off by 0.2 nats at a logit of 20 in float32, by 0.1 at one of 40 in float64
         return torch.distributions.ContinuousBernoulli(logits=outputs, validate_args=False)
 
     def mean(self, outputs: Tensor) -> Tensor:

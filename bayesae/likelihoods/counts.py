@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.errors import DataError
+from bayesae.errors import DataError, ShapeError
 from bayesae.likelihoods.base import Head, check_counts_of, log_normal_mean, softplus
 from bayesae.likelihoods.noise import NoisyHead, Positive, log
 
@@ -167,7 +168,8 @@ class NegativeBinomial(NoisyHead):
 
     def log_density(self, outputs: Tensor, target: Tensor) -> Tensor:
         r"""Log-probability of every number, nats, (..., B, \*D)."""
-        return _log_negative_binomial(outputs, self._like(outputs), target)
+        wide = outputs.double()  # see `_log_negative_binomial`
+        return _log_negative_binomial(wide, self._like(wide), target).to(outputs.dtype)
 
     def distribution(self, outputs: Tensor) -> torch.distributions.NegativeBinomial:
         """Negative binomial."""
@@ -207,7 +209,7 @@ class NegativeBinomial(NoisyHead):
         return f"dispersion={shown}, is_learned={self.is_learned}"
 
 
-def size_factors(counts: Tensor) -> Tensor:
+def size_factors(counts: Tensor | np.ndarray) -> Tensor:
     r"""Depth of every row relative to the mean: what the context of ``nets.Offset`` is.
 
     .. math:: s_i = \frac{\sum_d x_{id}}{\tfrac1N \sum_j \sum_d x_{jd}}
@@ -223,7 +225,11 @@ def size_factors(counts: Tensor) -> Tensor:
 
     Raises:
         DataError: If a row is empty (it has no depth), or a number is no count.
+        ShapeError: If there are no rows of numbers.
     """
+    counts = torch.as_tensor(counts)
+    if counts.dim() < 2:
+        raise ShapeError("counts (N, *D)", f"shape {tuple(counts.shape)}", "A single row needs a first axis of 1.")
     check_counts_of(counts, "size_factors")
     totals = counts.double().flatten(1).sum(1, keepdim=True)
     if not bool((totals > 0).all()):
@@ -254,6 +260,7 @@ def _log_rising(r: float | Tensor, x: Tensor) -> Tensor:
 
 def _log_negative_binomial(log_mean: Tensor, r: float | Tensor, x: Tensor) -> Tensor:
     """Log-probability of counts x, number by number; Poisson's where r is infinite for all purposes."""
+    # callers give float64: at a mean of 1e5 the terms are 1e6 nats each and leave about 10
     x = x.to(log_mean.dtype)
     tail = softplus(log_mean - log(r))  # log(1 + m / r)
     return _log_rising(r, x) - (x + r) * tail + x * log_mean - torch.lgamma(x + 1)
@@ -261,7 +268,7 @@ def _log_negative_binomial(log_mean: Tensor, r: float | Tensor, x: Tensor) -> Te
 
 def _log_matched(mean: Tensor, var: Tensor, x: Tensor) -> Tensor:
     """Of the negative binomial with this mean and variance; a variance not above the mean is taken as Poisson's."""
-    tiny = torch.finfo(mean.dtype).tiny
-    mean = mean.clamp(min=tiny)
-    r = mean / ((var - mean) / mean).clamp(min=torch.finfo(mean.dtype).eps)
-    return _log_negative_binomial(mean.log(), r, x)
+    limits = torch.finfo(mean.dtype)  # of what came: a smaller excess of the variance is its rounding
+    wide = mean.double().clamp(min=limits.tiny)
+    r = wide / ((var.double() - wide) / wide).clamp(min=limits.eps)
+    return _log_negative_binomial(wide.log(), r, x).to(mean.dtype)

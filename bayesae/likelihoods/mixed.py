@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from bayesae.errors import BayesAEError, DataError, ShapeError, UnsupportedError
-from bayesae.likelihoods.base import Head
+from bayesae.likelihoods.base import Head, float64_of
 from bayesae.likelihoods.bernoulli import Bernoulli
 from bayesae.likelihoods.categorical import Categorical
 from bayesae.likelihoods.gaussian import Gaussian
@@ -33,8 +34,9 @@ class Mixed(Head):
     parameters (C for a `Categorical`), so that a decoder ends in a linear layer of ``likelihood.n_outputs``.
 
     Args:
-        columns: A likelihood for every column, in order. A `Categorical` needs ``values``, so that the column has a
-            mean: ``values=range(C)`` if classes are numbered without an order, whose densities do not depend on it.
+        columns: A likelihood for every column, in order; one object given for several is copied, so that each learns
+            noise of its own. A `Categorical` needs ``values``, so that the column has a mean: ``values=range(C)`` if
+            classes are numbered without an order, whose densities do not depend on it.
 
     The Hessian is a diagonal, with C dense rows more for each categorical column. Noise is learned column by column.
 
@@ -67,7 +69,9 @@ class Mixed(Head):
                     repr(column),
                     f"Give Categorical({column.n_parameters}, values=range({column.n_parameters})), say.",
                 )
-        self.columns = nn.ModuleList(columns)
+        # what one column learns is its own, also where one object was given for several
+        own = [copy.deepcopy(head) if head in columns[:index] else head for index, head in enumerate(columns)]
+        self.columns = nn.ModuleList(own)
         stops = torch.tensor([column.n_parameters for column in columns]).cumsum(0).tolist()
         self._parts = [slice(a, b) for a, b in zip([0, *stops[:-1]], stops, strict=True)]
 
@@ -75,8 +79,9 @@ class Mixed(Head):
     def of(cls, x: Tensor | np.ndarray) -> Mixed:
         r"""Likelihoods guessed from a table: a start, to be read before it is used.
 
-        A column of 0 and 1 is `Bernoulli`; one of at most 10 whole numbers between 0 and 9 `Categorical` with those
-        values; any other `Gaussian` with a learned scale. NaN count as missing.
+        A column of 0 and 1 is `Bernoulli`; one of whole numbers between 0 and 9 `Categorical` with the values from 0
+        to the largest (those that are missing here may come in new rows); any other `Gaussian` with a learned scale.
+        NaN count as missing.
 
         Args:
             x: (N, n_columns).
@@ -86,9 +91,9 @@ class Mixed(Head):
 
         Raises:
             ShapeError: If it is no table.
-            DataError: If a column has no entry.
+            DataError: If a column has no entry, or entries are no numbers.
         """
-        table = torch.as_tensor(x).double()
+        table = float64_of("a table of numbers", x)
         if table.dim() != 2:
             raise ShapeError("a table (N, n_columns)", f"shape {tuple(table.shape)}", "Flatten the rows.")
         columns: list[Head] = []
@@ -98,12 +103,9 @@ class Mixed(Head):
                 raise DataError(f"entries in column {index}", "none", "Drop the column.")
             if bool(((found == 0) | (found == 1)).all()):
                 columns.append(Bernoulli())
-            elif (
-                1 < len(found) <= _MAX_CLASSES
-                and bool(((found == found.round()) & (found >= 0)).all())
-                and (float(found.max()) < _MAX_CLASSES)
-            ):
-                columns.append(Categorical(len(found), found))
+            elif len(found) > 1 and bool(((found == found.round()) & (found >= 0) & (found < _MAX_CLASSES)).all()):
+                n_classes = int(found.max()) + 1
+                columns.append(Categorical(n_classes, range(n_classes)))
             else:
                 columns.append(Gaussian())
         return cls(columns)
@@ -149,9 +151,9 @@ class Mixed(Head):
         return torch.Size((len(self.columns),))
 
     def output_mask(self, mask: Tensor) -> Tensor:
-        """(B, n_columns) to (B, n_outputs)."""
+        """(B, n_columns), or rows of another shape with as many numbers, to (B, n_outputs)."""
         sizes = torch.tensor([head.n_parameters for head in self.heads], device=mask.device)
-        return mask.repeat_interleave(sizes, -1, output_size=self.n_outputs)
+        return mask.flatten(1).repeat_interleave(sizes, -1, output_size=self.n_outputs)
 
     def check(self, target: Tensor) -> None:
         """Raise unless every column of ``target`` (B, n_columns) suits its likelihood.

@@ -6,15 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bayesae.errors import DataError, NotFittedError, ShapeError
-from bayesae.likelihoods.base import Head
+from bayesae.likelihoods.base import Head, float64_of
 
 __all__ = ["NoisyHead", "Positive", "check_positive", "log", "root"]
 
-Positive = float | Sequence[float] | Tensor
+Positive = float | np.number | Sequence[float] | np.ndarray | Tensor
 """What people give as positive numbers."""
 
 
@@ -42,19 +43,22 @@ class NoisyHead(Head):
         super().__init__()
         self.per_output, self.is_learned, self._name, self._given = per_output, given is None, name, given
         self._noise: float | Tensor | None = None
-        if isinstance(given, (int, float)):
-            check_positive(name, given)
+        if given is None:
+            return
+        values = float64_of(f"a positive, finite {name}", given)
+        if values.dim() == 0 or (values.numel() == 1 and not per_output):
+            shared = values.item()
+            check_positive(name, shared)
             # a power of the float itself, so that no tensor rounds it
-            self._noise, self._given = float(given) ** power, float(given)
-        elif given is not None:
-            values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+            self._noise, self._given = shared**power, shared
+        else:
             if not per_output:
                 raise DataError(
                     f"one {name} for all outputs",
                     f"{values.numel()} of them",
                     "Give per_output=True if every number of a row has its own.",
                 )
-            if values.numel() == 0 or not bool(((values > 0) & values.isfinite()).all()):
+            if values.numel() == 0 or not _is_positive(values):
                 raise DataError(f"positive, finite {name}s", f"{given}", f"Give {name}s in the units of the data.")
             self._noise, self._given = values.flatten() ** power, values.tolist()
 
@@ -153,11 +157,14 @@ class NoisyHead(Head):
         return torch.as_tensor(noise, dtype=torch.float64).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the noise from a ``state_dict``."""
+        """Take the noise from a ``state_dict``; raises `DataError` if it is no noise."""
         state = torch.as_tensor(state, dtype=torch.float64).detach().cpu()
         if state.dim() and not self.per_output:
             raise ShapeError("one noise number", f"{state.numel()} in the state", "Give per_output=True, as was saved.")
-        self._noise = None if bool(state.isnan().any()) else state.clone() if state.dim() else float(state)
+        is_unknown = state.dim() == 0 and bool(state.isnan())
+        if not is_unknown and not _is_positive(state):
+            raise DataError(f"positive, finite {self._name}s in the state", f"{state}", "Was the file damaged?")
+        self._noise = None if is_unknown else state.clone() if state.dim() else float(state)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -177,6 +184,10 @@ def check_positive(name: str, value: float) -> None:
     """
     if not (0 < value < math.inf):
         raise DataError(f"a positive, finite {name}", repr(value), f"Give {name} in the units of the data.")
+
+
+def _is_positive(values: Tensor) -> bool:
+    return bool(((values > 0) & values.isfinite()).all())
 
 
 def log(value: float | Tensor) -> float | Tensor:

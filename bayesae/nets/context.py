@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bayesae.errors import DataError, UnsupportedError
-from bayesae.nets.parts import OneHot, check_sizes, holds
+from bayesae.errors import DataError, ShapeError, UnsupportedError
+from bayesae.nets.parts import OneHot, holds, plain_sizes
 from bayesae.nets.recipe import can_be_built, remember
 
 __all__ = ["Conditional", "Offset"]
@@ -16,6 +16,20 @@ __all__ = ["Conditional", "Offset"]
 def _at_every_position(context: Tensor, shape: torch.Size) -> Tensor:
     r"""(B, C) as (B, C, \*positions), the positions of ``shape``; wrapped, because torch.fx cannot count axes."""
     return context.reshape(*context.shape, *[1] * (len(shape) - 2)).expand(-1, -1, *shape[2:])
+
+
+@torch.fx.wrap
+def _column(context: Tensor, fix: str) -> Tensor:
+    """One number a row, (B, 1), of (B,) or (B, 1); more would be left out, or go to one output each, unsaid."""
+    if context.dim() == 1:
+        return context[:, None]
+    if context.shape[1:] != (1,):
+        raise ShapeError("a context (B, 1)", f"{tuple(context.shape)}", fix)
+    return context
+
+
+_ONE_LABEL = "Of unit vectors, or several numbers a row, use n_classes=None."
+_ONE_EXPOSURE = "Give one exposure a row; more covariates go into a Conditional."
 
 
 @can_be_built
@@ -35,6 +49,7 @@ class Conditional(nn.Module):
 
     Raises:
         DataError: If n_classes is no positive whole number; when called, if a label is none of the classes.
+        ShapeError: When called, if there are ``n_classes`` and the context has more than one number a row.
 
     References:
         | Learning Structured Output Representation using Deep Conditional Generative Models (Sohn, Lee, Yan, 2015)
@@ -45,7 +60,7 @@ class Conditional(nn.Module):
     def __init__(self, net: nn.Module, n_classes: int | None = None) -> None:
         super().__init__()
         if n_classes is not None:
-            check_sizes(n_classes=n_classes)
+            (n_classes,) = plain_sizes(n_classes=n_classes)
         _check_plain(net)
         # a sequence is turned into unit vectors before the context joins it
         self.before = net[0] if isinstance(net, nn.Sequential) and len(net) and isinstance(net[0], OneHot) else None
@@ -66,7 +81,7 @@ class Conditional(nn.Module):
         if self.before is not None:
             x = self.before(x)
         if self.labels is not None:
-            context = self.labels(context[:, 0])
+            context = self.labels(_column(context, _ONE_LABEL)[:, 0])
         return self.net(torch.cat([x, _at_every_position(context, x.shape).to(x.dtype)], 1))
 
 
@@ -83,6 +98,7 @@ class Offset(nn.Module):
 
     Raises:
         DataError: When called, if an exposure is not positive.
+        ShapeError: When called, if there is more than one a row.
 
     References:
         | Deep generative modeling for single-cell transcriptomics (Lopez et al., 2018)
@@ -112,23 +128,24 @@ class Offset(nn.Module):
 
 
 class LogExposure(nn.Module):
-    """Logarithms of numbers that must be positive; a layer of its own, so that the rest of `Offset` can be read."""
+    """Logarithms of one positive number a row; a layer of its own, so that the rest of `Offset` can be read."""
 
     def forward(self, exposure: Tensor) -> Tensor:
         """Element by element.
 
         Args:
-            exposure: Positive.
+            exposure: Positive, (B, 1) or (B,).
 
         Returns:
-            Logarithms.
+            Logarithms, (B, 1).
 
         Raises:
+            ShapeError: If there is more than one a row.
             DataError: If one is not positive.
         """
         if not holds(exposure > 0):
             raise DataError("positive exposures", f"{float(exposure.min()):.4g}", "Leave out rows without any counts.")
-        return exposure.log()
+        return _column(exposure, _ONE_EXPOSURE).log()
 
 
 def _check_plain(net: nn.Module) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from bayesae.errors import DataError
-from bayesae.nets.parts import LAYERS, MoveAxis, after_layer, check_sizes, halved
+from bayesae.nets.parts import LAYERS, FlatRows, MoveAxis, after_layer, halved, plain_sizes
 from bayesae.nets.recipe import can_be_built, remember
 
 __all__ = ["channels_of", "conv_decoder", "conv_encoder", "down", "up"]
@@ -35,10 +35,10 @@ def channels_of(given: object, sizes: Sequence[int], *, is_decoder: bool) -> tup
         DataError: If these are no channels.
     """
     if given is not None:
-        check_sizes(channels=given)
-        if not isinstance(given, Sequence) or not given:
+        (channels,) = plain_sizes(channels=given)
+        if not isinstance(channels, tuple) or not channels:
             raise DataError("channels of at least one layer, in a list", repr(given), "Use mlp for no convolution.")
-        return tuple(given)
+        return channels
     n = max(1, int(math.log2(min(sizes) / _SMALLEST)) + 1 if min(sizes) >= _SMALLEST else 1)
     channels = tuple(min(_FIRST * 2**i, _MOST) for i in range(n))
     return channels[::-1] if is_decoder else channels
@@ -67,12 +67,12 @@ def down(
     Returns:
         The layers.
     """
-    n_axes, smallest = len(sizes), halved(sizes, len(channels))[-1]
+    stages = halved(sizes, len(channels))
     layers: list[nn.Module] = []
-    for before, after in zip([n_channels, *channels[:-1]], channels, strict=True):
-        layers.append(LAYERS[n_axes](before, after, 4, stride=2, padding=1))
-        layers += after_layer(after, n_axes, norm, n_residual, activation)
-    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(smallest), n_out)]
+    for before, after, stage in zip([n_channels, *channels[:-1]], channels, stages[1:], strict=True):
+        layers.append(LAYERS[len(sizes)](before, after, 4, stride=2, padding=1))
+        layers += after_layer(after, stage, norm, n_residual, activation)
+    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(stages[-1]), n_out)]
 
 
 def up(
@@ -109,7 +109,7 @@ def up(
     layers: list[nn.Module] = [
         nn.Linear(n_in, channels[0] * math.prod(stages[0])),
         nn.Unflatten(1, (channels[0], *stages[0])),
-        *after_layer(channels[0], n_axes, norm, n_residual, activation),
+        *after_layer(channels[0], stages[0], norm, n_residual, activation),
     ]
     for i, (before, after) in enumerate(zip(channels, [*channels[1:], n_channels], strict=True)):
         size = stages[i + 1]
@@ -119,7 +119,7 @@ def up(
             odd = tuple(n % 2 for n in size)
             layers.append(_TRANSPOSED[n_axes](before, after, 4, stride=2, padding=1, output_padding=odd))
         if i + 1 < len(channels):
-            layers += after_layer(after, n_axes, norm, n_residual, activation)
+            layers += after_layer(after, size, norm, n_residual, activation)
     return layers
 
 
@@ -136,8 +136,8 @@ def conv_encoder(
     r"""Convolutions that halve every axis, and a linear output layer, (B, \*shape) to (B, n_out).
 
     Args:
-        shape: Of a row: (C, H, W) for images, (C, L) for series; any sizes, powers of two or not. Rows of another
-            shape with as many numbers are read in this one.
+        shape: Of a row: (C, H, W) for images, (C, L) for series; any sizes, powers of two or not. Rows of it are
+            taken, with or without axes of 1, and flat rows; `ShapeError` else, of channels last, say.
         n_out: Outputs.
         channels: Of every convolution (four taps an axis, stride 2). None: 32, doubled by every layer up to 128, as
             long as every axis has 8 or more to halve: (32, 64) for 28 x 28, four layers for 64 x 64.
@@ -149,13 +149,14 @@ def conv_encoder(
         ``nn.Sequential``, initialised as torch does.
 
     Raises:
-        DataError: If a size is no positive whole number, or there are more layers than the axes can be halved.
+        DataError: If a size is no positive whole number, there are more layers than the axes can be halved, or fewer
+            than 3 numbers to normalise in a group.
     """
-    sizes = _sizes(shape)
-    check_sizes(n_out=n_out, n_residual=n_residual)
+    shape, sizes = _shape_and_sizes(shape)
+    n_out, n_residual = plain_sizes(n_out=n_out, n_residual=n_residual)
     channels = channels_of(channels, sizes, is_decoder=False)
     layers = down(shape[0], sizes, n_out, channels, norm, n_residual, activation)
-    net = nn.Sequential(nn.Flatten(), nn.Unflatten(1, tuple(shape)), *layers)
+    net = nn.Sequential(FlatRows(shape), nn.Unflatten(1, shape), *layers)
     arguments = {"shape": shape, "n_out": n_out, "channels": channels, "norm": norm, "n_residual": n_residual}
     return remember(net, "conv_encoder", {**arguments, "activation": activation})
 
@@ -189,10 +190,11 @@ def conv_decoder(
         ``nn.Sequential``, initialised as torch does.
 
     Raises:
-        DataError: If a size is no positive whole number, or there are more layers than the axes can be halved.
+        DataError: If a size is no positive whole number, there are more layers than the axes can be halved, or fewer
+            than 3 numbers to normalise in a group.
     """
-    sizes = _sizes(shape)
-    check_sizes(n_in=n_in, n_residual=n_residual, n_parameters=n_parameters)
+    shape, sizes = _shape_and_sizes(shape)
+    n_in, n_residual, n_parameters = plain_sizes(n_in=n_in, n_residual=n_residual, n_parameters=n_parameters)
     channels = channels_of(channels, sizes, is_decoder=True)
     layers = up(n_in, shape[0] * n_parameters, sizes, channels, upsampling, norm, n_residual, activation)
     if n_parameters > 1:
@@ -202,8 +204,8 @@ def conv_decoder(
     return remember(nn.Sequential(*layers), "conv_decoder", arguments | rest)
 
 
-def _sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    check_sizes(shape=shape)
-    if not isinstance(shape, Sequence) or len(shape) not in (2, 3):
+def _shape_and_sizes(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    (plain,) = plain_sizes(shape=shape)
+    if not isinstance(plain, tuple) or len(plain) not in (2, 3):
         raise DataError("a shape (C, H, W) or (C, L)", repr(shape), "Use mlp for rows without positions.")
-    return tuple(shape[1:])
+    return plain, plain[1:]

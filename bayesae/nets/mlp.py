@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from bayesae.nets.parts import after_layer, check_sizes
+from bayesae.nets.parts import after_layer, plain_sizes
 from bayesae.nets.recipe import can_be_built, remember
 
 __all__ = ["mlp"]
@@ -40,13 +40,14 @@ def mlp(
         ``nn.Sequential`` of flatten, linear layers and activations, initialised as torch does.
 
     Raises:
-        DataError: If a size is no positive whole number, or there is no such normalisation.
+        DataError: If a size is no positive whole number, there is no such normalisation, or it has fewer than 3
+            numbers to normalise, of which it would leave signs at most.
     """
-    check_sizes(n_in=n_in, hidden=hidden, n_out=n_out, n_residual=n_residual)
+    n_in, hidden, n_out, n_residual = plain_sizes(n_in=n_in, hidden=hidden, n_out=n_out, n_residual=n_residual)
     widths = [n_in, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(narrow, wide), *after_layer(wide, 0, norm, n_residual, activation)]
+        layers += [nn.Linear(narrow, wide), *after_layer(wide, (), norm, n_residual, activation)]
     if isinstance(n_out, int):
         layers.append(nn.Linear(widths[-1], n_out))
     else:

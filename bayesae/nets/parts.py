@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesae.errors import DataError, UnsupportedError
+from bayesae.errors import DataError, ShapeError, UnsupportedError
 
 __all__ = [
     "ACTIVATIONS",
     "LAYERS",
+    "FlatRows",
     "MoveAxis",
     "OneHot",
     "Residual",
     "after_layer",
-    "check_sizes",
     "halved",
     "normalisation",
+    "plain_sizes",
 ]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -39,23 +42,39 @@ _LISTS = {"hidden", "n_out", "channels", "shape"}  # arguments that may be lists
 Activation = Callable[[], nn.Module]
 
 
-def check_sizes(**sizes: object) -> None:
-    """Raise unless every size is a whole number from 1 to 2^24, or a list of at most 64 such numbers.
+def plain_sizes(**sizes: object) -> list[Any]:
+    """Sizes as Python's own whole numbers, each from 1 to 2^24, or tuples of at most 64 such numbers.
 
     Args:
-        **sizes: By the name of their argument; ``n_residual`` and ``n_context`` may be 0, the first at most 64.
+        **sizes: By the name of their argument, numpy's whole numbers too; ``n_residual`` and ``n_context`` may be 0,
+            the first at most 64.
+
+    Returns:
+        The sizes in their order.
 
     Raises:
-        DataError: Naming the first that is not.
+        DataError: Naming the first that is no size.
     """
+    plain: list[Any] = []
     for name, value in sizes.items():
         low = 0 if name in {"n_residual", "n_context"} else 1
         high = LARGEST_COUNT if name == "n_residual" else LARGEST_SIZE
-        parts = value if isinstance(value, (tuple, list)) and name in _LISTS else [value]
-        if len(parts) > LARGEST_COUNT or any(type(part) is not int or not low <= part <= high for part in parts):
+        given = value if isinstance(value, (tuple, list)) and name in _LISTS else None
+        parts = [_whole(part) for part in ([value] if given is None else given)]
+        if len(parts) > LARGEST_COUNT or any(part is None or not low <= part <= high for part in parts):
             shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:60]}..."
             fix = f"At most {LARGEST_COUNT} numbers in a list."
             raise DataError(f"whole numbers from {low} to {high} for {name}", shown, fix)
+        plain.append(parts[0] if given is None else tuple(parts))
+    return plain
+
+
+def _whole(value: Any) -> int | None:  # noqa: ANN401 - anything a caller or a recipe gives
+    """A whole number as Python's own; None if it is none, or a truth value."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def normalisation(norm: str | None, width: int, n_axes: int) -> list[nn.Module]:
@@ -120,10 +139,69 @@ class Residual(nn.Module):
 LAYERS = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
-def after_layer(width: int, n_axes: int, norm: str | None, n_residual: int, activation: Activation) -> list[nn.Module]:
-    """What follows a hidden layer: residual blocks, normalisation, activation."""
-    blocks = [Residual(width, n_axes, norm, activation) for _ in range(n_residual)]
-    return [*blocks, *normalisation(norm, width, n_axes), activation()]
+def after_layer(
+    width: int, sizes: Sequence[int], norm: str | None, n_residual: int, activation: Activation
+) -> list[nn.Module]:
+    """What follows a hidden layer: residual blocks, normalisation, activation.
+
+    Args:
+        width: Channels.
+        sizes: Of the axes of positions; none for vectors.
+        norm: As for `normalisation`.
+        n_residual: Blocks.
+        activation: Makes the activation.
+
+    Returns:
+        The layers.
+
+    Raises:
+        DataError: If a normalisation would leave nothing of what it normalises.
+    """
+    norms = normalisation(norm, width, len(sizes))
+    for layer in norms:
+        n = width * math.prod(sizes) // getattr(layer, "num_groups", 1)
+        if n < 3:
+            # one number becomes 0 and two become -1 and 1, whatever they were
+            at = f"{width} channels at {math.prod(sizes)} positions" if sizes else f"a layer of width {width}"
+            fix = "Use wider or fewer layers, norm=None" + (', or norm="layer".' if norm == "group" else ".")
+            raise DataError(f"at least 3 numbers to normalise with norm={norm!r}", f"{n}, of {at}", fix)
+    blocks = [Residual(width, len(sizes), norm, activation) for _ in range(n_residual)]
+    return [*blocks, *norms, activation()]
+
+
+class FlatRows(nn.Module):
+    r"""Flattens rows of one shape, (B, \*shape) to (B, n).
+
+    Args:
+        shape: Of a row; rows may lack its axes of 1, or be flat. Others of as many numbers, with channels last say,
+            would be read in a wrong order.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same numbers in one axis.
+
+        Args:
+            x: Rows.
+
+        Returns:
+            (B, n).
+
+        Raises:
+            ShapeError: If they have another shape.
+        """
+        given = tuple(x.shape[1:])
+        if len(given) != 1 and [n for n in given if n > 1] != [n for n in self.shape if n > 1]:
+            fix = "Put channels first, x.movedim(-1, 1) say, or make the encoder for this shape."
+            raise ShapeError(f"rows of shape {self.shape}, or flat", f"{given}", fix)
+        return x.flatten(1)
+
+    def extra_repr(self) -> str:
+        """The shape."""
+        return f"{self.shape}"
 
 
 class MoveAxis(nn.Module):
@@ -155,8 +233,7 @@ class OneHot(nn.Module):
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        check_sizes(n=n)
-        self.n = n
+        (self.n,) = plain_sizes(n=n)
 
     def forward(self, x: Tensor) -> Tensor:
         """Unit vectors along axis 1.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from bayesae.nets.conv import channels_of, down, up
-from bayesae.nets.parts import MoveAxis, OneHot, check_sizes
+from bayesae.nets.parts import MoveAxis, OneHot, plain_sizes
 from bayesae.nets.recipe import can_be_built, remember
 
 __all__ = ["sequence_decoder", "sequence_encoder"]
@@ -48,8 +48,14 @@ def sequence_encoder(
     Raises:
         DataError: If a size is no positive whole number, or there are more layers than the sequence can be halved.
     """
-    check_sizes(n_tokens=n_tokens, length=length, n_out=n_out, n_embedding=n_embedding)
-    check_sizes(n_residual=n_residual, n_context=n_context)
+    n_tokens, length, n_out, n_embedding, n_residual, n_context = plain_sizes(
+        n_tokens=n_tokens,
+        length=length,
+        n_out=n_out,
+        n_embedding=n_embedding,
+        n_residual=n_residual,
+        n_context=n_context,
+    )
     channels = channels_of(channels, (length,), is_decoder=False)
     layers = down(n_embedding, (length,), n_out, channels, norm, n_residual, activation)
     net = nn.Sequential(OneHot(n_tokens), nn.Conv1d(n_tokens + n_context, n_embedding, 1), *layers)
@@ -88,7 +94,7 @@ def sequence_decoder(
     Raises:
         DataError: If a size is no positive whole number, or there are more layers than the sequence can be halved.
     """
-    check_sizes(n_in=n_in, length=length, n_tokens=n_tokens, n_residual=n_residual)
+    n_in, length, n_tokens, n_residual = plain_sizes(n_in=n_in, length=length, n_tokens=n_tokens, n_residual=n_residual)
     channels = channels_of(channels, (length,), is_decoder=True)
     layers = up(n_in, n_tokens, (length,), channels, upsampling, norm, n_residual, activation)
     arguments = {"n_in": n_in, "length": length, "n_tokens": n_tokens, "channels": channels, "upsampling": upsampling}

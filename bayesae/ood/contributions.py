@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.draws import Draws, Moments
+from bayesae.draws import Draws, Moments, fitted_rows
 from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.functional import at_least_float32
 from bayesae.likelihoods import Gaussian
 
 __all__ = ["Contributions", "contribution_draws", "contribution_moments", "contributions"]
-
-_FIX = "Give the rows that the moments or draws were made of."
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,11 @@ class Contributions:
 
 
 def contributions(
-    moments: Moments, x: Tensor | np.ndarray, mask: Tensor | None = None, *, reference: Tensor | None = None
+    moments: Moments,
+    x: Tensor | np.ndarray,
+    mask: Tensor | np.ndarray | None = None,
+    *,
+    reference: Tensor | None = None,
 ) -> Tensor:
     r"""The parts of `negative_log_density`, number by number: they add up to it exactly.
 
@@ -59,7 +62,7 @@ def contributions(
     Raises:
         ShapeError: If x, mask or reference do not fit the moments.
     """
-    values = -moments.log_prob(rows_of(moments, x))
+    values = -moments.log_prob(x)
     if reference is not None:
         if reference.shape != values.shape[1:]:
             raise ShapeError(
@@ -71,7 +74,9 @@ def contributions(
     return _observed(values, mask)
 
 
-def contribution_moments(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | None = None) -> Contributions:
+def contribution_moments(
+    moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None
+) -> Contributions:
     r"""Mean and standard deviation of minus log p(x_o | z, theta) over Normal outputs, without a draw.
 
     With Gaussian noise of variance n and an output f ~ N(m, w) whose code adds a variance k,
@@ -104,14 +109,14 @@ def contribution_moments(moments: Moments, x: Tensor | np.ndarray, mask: Tensor 
             type(moments.likelihood).__name__,
             "Use contribution_draws(predictive(x, keep_outputs=True), x).",
         )
-    square = (rows_of(moments, x) - moments.mean) ** 2
+    square = (fitted_rows(x, moments.mean.shape, moments.mean) - moments.mean) ** 2
     noise, weights = moments.noise, moments.weights
     mean = 0.5 * ((square + weights + moments.code) / noise + torch.log(2 * math.pi * noise))
     deviation = torch.sqrt(0.5 * weights * (weights + 2 * square)) / noise
     return Contributions(_observed(mean, mask), _observed(deviation, mask))
 
 
-def contribution_draws(draws: Draws, x: Tensor | np.ndarray, mask: Tensor | None = None) -> Contributions:
+def contribution_draws(draws: Draws, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Contributions:
     r"""Mean and standard deviation of minus log p(x_o | z, theta) over weight draws, whatever the likelihood.
 
     .. math:: c_{so} = -\tfrac1K \sum_k \log p(x_o \mid z_k, \theta_s), \qquad
@@ -139,29 +144,18 @@ def contribution_draws(draws: Draws, x: Tensor | np.ndarray, mask: Tensor | None
     """
     if draws.outputs is None:
         raise UnsupportedError("draws with their outputs", "outputs=None", "Use predictive(x, keep_outputs=True).")
-    # densities in half precision lose their digits
-    outputs = draws.outputs if draws.outputs.dtype.itemsize >= 4 else draws.outputs.float()
-    rows, shape = torch.as_tensor(x), draws.likelihood.data_shape(outputs.shape[3:])
-    if len(rows) != outputs.shape[2] or rows[0].numel() != math.prod(shape):
-        raise ShapeError(f"x of shape {(outputs.shape[2], *shape)}", f"{tuple(rows.shape)}", _FIX)
-    target = rows.to(outputs).reshape(-1, *shape)
-    values = -draws.likelihood.distribution(outputs).log_prob(target).mean(0)
-    mean, deviation = (part.reshape(rows.shape) for part in (values.mean(0), values.std(0, correction=0)))
+    outputs = at_least_float32(draws.outputs)  # densities in half precision lose their digits
+    shape = (outputs.shape[2], *draws.likelihood.data_shape(outputs.shape[3:]))
+    # not distribution().log_prob: torch's laws stop probabilities short of 0 and 1, or lose the digits of large counts
+    values = -draws.likelihood.log_density(outputs, fitted_rows(x, shape, outputs)).mean(0)
+    mean, deviation = (part.reshape(tuple(x.shape)) for part in (values.mean(0), values.std(0, correction=0)))
     return Contributions(_observed(mean, mask), _observed(deviation, mask))
 
 
-def rows_of(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
-    """The rows in the moments' shape and dtype; of classes without an order the mean has an axis more."""
-    x, mean = torch.as_tensor(x), moments.mean
-    for shape in (mean.shape, mean.shape[:-1]):
-        if len(shape) > 1 and len(x) == shape[0] and x[0].numel() == math.prod(shape[1:]):
-            return x.to(mean).reshape(shape)
-    raise ShapeError(f"x of shape {tuple(mean.shape)}", f"{tuple(x.shape)}", _FIX)
-
-
-def _observed(values: Tensor, mask: Tensor | None) -> Tensor:
+def _observed(values: Tensor, mask: Tensor | np.ndarray | None) -> Tensor:
     if mask is None:
         return values
+    mask = torch.as_tensor(mask)
     if mask.dtype != torch.bool or mask.numel() != values.numel() or len(mask) != len(values):
         raise ShapeError(
             f"a mask of shape {tuple(values.shape)} and dtype bool",

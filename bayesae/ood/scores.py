@@ -7,9 +7,9 @@ import math
 import numpy as np
 from torch import Tensor
 
-from bayesae.draws import Draws, Moments, logmeanexp_over_weights, mean_over_weights
+from bayesae.draws import Draws, Moments, fitted_rows, logmeanexp_over_weights, mean_over_weights
 from bayesae.errors import UnsupportedError
-from bayesae.ood.contributions import contributions, rows_of
+from bayesae.ood.contributions import contributions
 
 __all__ = [
     "disagreement",
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-def negative_log_density(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | None = None) -> Tensor:
+def negative_log_density(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Tensor:
     r"""Minus the log predictive density with the full variance of every pixel.
 
     .. math:: -\sum_o \log p(x_o \mid \mathbb{E}[x_o], \operatorname{Var}[x_o]), \qquad
@@ -43,7 +43,7 @@ def negative_log_density(moments: Moments, x: Tensor | np.ndarray, mask: Tensor 
     Exact when: pixels are independent given x's moments, and Gaussian (or binary).
     Biased when: errors are correlated across pixels: their evidence is counted once per pixel.
     """
-    return contributions(moments, x, mask).flatten(1).sum(1)
+    return _summed(contributions(moments, x, mask))
 
 
 def negative_log_predictive(draws: Draws) -> Tensor:
@@ -131,7 +131,7 @@ def weight_variance(moments: Moments) -> Tensor:
         *inverted* where unfamiliar data move fewer weights than familiar data do (dark images under a bright
         training set).
     """
-    return moments.weights.flatten(1).sum(1)
+    return _summed(moments.weights)
 
 
 def reconstruction_error(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
@@ -151,7 +151,11 @@ def reconstruction_error(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
         ShapeError: If x is not the rows of the moments.
         UnsupportedError: If x are classes without an order, which have no difference.
     """
-    rows = rows_of(moments, x)
-    if rows.shape != moments.mean.shape:
+    if moments.likelihood.is_nominal:
         raise UnsupportedError("numbers to subtract", "classes without an order", "Use negative_log_density.")
-    return ((rows - moments.mean) ** 2).flatten(1).sum(1)
+    return _summed((fitted_rows(x, moments.mean.shape, moments.mean) - moments.mean) ** 2)
+
+
+def _summed(parts: Tensor) -> Tensor:
+    r"""Sum (B, \*data) over the numbers of a row; (B,) has one number each."""
+    return parts.reshape(len(parts), -1).sum(1)

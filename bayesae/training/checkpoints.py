@@ -1,27 +1,18 @@
-"""Checkpoints: a run on disk, and the arguments that it must be continued with."""
+"""Checkpoints: a run on disk, which only the same arguments continue."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from bayesae import encoding
 from bayesae.data import check_counts
 from bayesae.errors import FileError, UnsupportedError
-from bayesae.models import Autoencoder
 
-__all__ = ["CheckpointFile", "describe", "describe_model", "digest"]
+__all__ = ["CheckpointFile"]
 
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _SHOWN = 80  # characters of an argument in a message
 
 
@@ -67,9 +58,8 @@ class CheckpointFile:
         then = encoding.unflatten(metadata["checkpoint"], {})
         names = [name for name in {**then, **self.arguments} if then.get(name) != self.arguments.get(name)]
         if names:
-            differing = (
-                f"{name} {_short(then.get(name))}, now {_short(self.arguments.get(name))}" for name in names[:3]
-            )
+            pairs = [(name, *_short(then.get(name), self.arguments.get(name))) for name in names[:3]]
+            differing = [f"{name} {before}, now {now}" for name, before, now in pairs]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             got = f"{str(self.path)!r} of a run with {'; '.join(differing)}{more}"
             raise FileError("a checkpoint of this run", got, "Give the arguments of that run, or another checkpoint=.")
@@ -86,40 +76,11 @@ class CheckpointFile:
             encoding.write(self.path, tensors, {"checkpoint": encoding.flatten(self.arguments)[0], "run": skeleton})
 
 
-def describe(argument: object) -> str:
-    """An argument in words that are the same in the next process: functions by name, dataclasses by their fields."""
-    if isinstance(argument, partial):
-        rest = _ADDRESS.sub("", f"{argument.args}, {argument.keywords}")
-        return f"partial({describe(argument.func)}, {rest})"
-    if argument is None or is_dataclass(argument) or isinstance(argument, (bool, int, float, str, tuple, torch.dtype)):
-        return _ADDRESS.sub("", repr(argument))
-    named: Any = argument if hasattr(argument, "__qualname__") else type(argument)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def describe_model(model: Autoencoder) -> dict[str, str]:
-    """Networks, likelihood and the shape of every weight, in words."""
-    likelihood = model.likelihood
-    words = {
-        "encoder": _ADDRESS.sub("", repr(model.encoder)),
-        "decoder": _ADDRESS.sub("", repr(model.decoder)),
-        "likelihood": f"{type(likelihood).__name__} {getattr(likelihood, 'arguments', '')}".strip(),
-    }
-    for name, leaf in model.named_parameters():
-        words[name] = f"{tuple(leaf.shape)} {leaf.dtype}{'' if leaf.requires_grad else ', frozen'}"
-    return words
-
-
-def digest(named: Mapping[str, Any]) -> str:
-    """A checksum of the tensors' names and bits."""
-    sums = hashlib.sha256()
-    for name, leaf in named.items():
-        if isinstance(leaf, Tensor):
-            sums.update(name.encode())
-            sums.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sums.hexdigest()
-
-
-def _short(text: str | None) -> str:
-    words = " ".join(str(text).split())
-    return words if len(words) <= _SHOWN else f"{words[:_SHOWN]}..."
+def _short(*texts: str | None) -> list[str]:
+    """Descriptions as far as a message has room; long ones from shortly before they begin to differ."""
+    words = [" ".join(str(text).split()) for text in texts]
+    if max(map(len, words)) <= _SHOWN:
+        return words
+    start = max(0, len(os.path.commonprefix(words)) - _SHOWN // 3)
+    ends = [(text[start : start + _SHOWN], len(text) > start + _SHOWN) for text in words]
+    return [f"{'...' if start else ''}{text}{'...' if is_cut else ''}" for text, is_cut in ends]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from bayesae.functional import check_finite, parameters_of
 from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
 from bayesae.likelihoods import Gaussian
 from bayesae.models import Autoencoder
-from bayesae.training.noise import learns_noise, noise_pass
+from bayesae.training.noise import noise_pass
 from bayesae.training.weights import log_joint
 from bayesae.types import WeightPrior
 from bayesae.weights.evidence import Groups, MarginalLikelihood, Noise, prior_of
@@ -25,7 +25,10 @@ from bayesae.weights.structures import Precision
 
 __all__ = ["Evidence", "EvidenceResult", "maximise_evidence"]
 
-_TOLERANCE, _MAX_ROUNDS = 1e-8, 60  # of the logarithm of a noise variance, between rounds
+# of the logarithm of a noise variance between rounds: what ends them (or so many roundings, which are what is left of a
+# float32 network's), and as many times that is settled when they are over
+_TOLERANCE, _N_ROUNDINGS, _SETTLED, _MAX_ROUNDS = 1e-8, 100, 100, 60
+_N_MIXED = 6  # rounds that an extrapolation looks at
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,10 @@ def maximise_evidence(
     :math:`\gamma` effective weights: what `estimate_noise` divides by M is divided by what the weights left. Curvature
     is proportional to :math:`1/\sigma^2`, so both come together from one sum (`weights.evidence`). Of one scale for
     every number d, :math:`\gamma_d = \sum_i \operatorname{Var}[f_d(x_i)] / \sigma_d^2` comes from the variance of the
-    linearised outputs; there the data are passed again until nothing moves.
+    linearised outputs; there the data are passed again until nothing moves, with Anderson's acceleration.
 
     The weights stay. It writes the noise **on the model's likelihood**, as `estimate_noise` does, and nothing else;
-    only on a Gaussian with a learned scale.
+    only on a Gaussian with a learned scale. Other noise is taken as it is, so it has to be estimated before.
 
     Args:
         model: A trained autoencoder.
@@ -88,31 +91,35 @@ def maximise_evidence(
         under what is found: alternate with training (`Evidence`) until they are. At fixed weights the maximum is exact.
     Biased when: the weights are those of another prior. With "diagonal" effective weights are overcounted, and the
         noise with them.
-    Cost: one fit of Laplace and one forward pass; with a scale for every number of a row 10 to 30 times that, and an
+    Cost: one fit of Laplace and one forward pass; with a scale for every number of a row 10 to 25 times that, and an
         output variance of all rows each.
 
     Raises:
         UnsupportedError: As `weights.Laplace`.
         DataError: If there are no rows, or no entry is observed.
+        NotFittedError: If noise that it does not tune was never estimated.
         NonFiniteError: If there are not more observed numbers than effective weights.
 
     References:
-        A Practical Bayesian Framework for Backpropagation Networks (MacKay, 1992)
+        | A Practical Bayesian Framework for Backpropagation Networks (MacKay, 1992)
+        | Anderson Acceleration for Fixed-Point Iterations (Walker, Ni, 2011)
     """
     check_counts(batch_size=batch_size)
     laplace = Laplace("kronecker") if laplace is None else laplace
     n_data = count_rows(data, n_data)
     frozen = copy.deepcopy(model).eval()
     tunes_noise = tunes_noise and _has_gaussian_noise(frozen)
-    if learns_noise(frozen) and not frozen.likelihood.is_estimated:  # pyright: ignore[reportAttributeAccessIssue]
-        noise_pass(frozen, data, encode, n_data)
+    if tunes_noise and not frozen.likelihood.is_estimated:  # pyright: ignore[reportAttributeAccessIssue]
+        noise_pass(frozen, data, encode, n_data)  # of a Gaussian one pass is maximum likelihood
     found = _round(laplace, frozen, data, weight_prior, tunes_noise, n_data, batch_size)
-    for _ in range(_MAX_ROUNDS):
-        if found.moved <= _TOLERANCE:
-            break
+    moves: list[_Move] = []
+    tolerance = max(_TOLERANCE, _N_ROUNDINGS * torch.finfo(model.reference.dtype).eps)
+    while found.move is not None and found.move.distance > tolerance and len(moves) < _MAX_ROUNDS:
+        moves.append(found.move)
+        frozen.likelihood.set_noise_var(_mixed(moves).exp())  # pyright: ignore[reportAttributeAccessIssue]
         found = _round(laplace, frozen, data, weight_prior, tunes_noise, n_data, batch_size)
-    else:
-        got = f"moves of {found.moved:.1g} in log variance after {_MAX_ROUNDS} rounds"
+    if found.move is not None and not found.move.distance <= _SETTLED * tolerance:
+        got = f"moves of {found.move.distance:.1g} in log variance after {_MAX_ROUNDS} rounds"
         raise NonFiniteError("noise that settles", got, "Are there fewer observed numbers of an output than weights?")
     if tunes_noise:
         model.likelihood.load_state_dict(frozen.likelihood.state_dict())  # pyright: ignore[reportAttributeAccessIssue]
@@ -143,7 +150,8 @@ class Evidence:
     Exact when: the model is linear in the weights, the noise Gaussian and Laplace "dense": the fixed point is the
         maximum of the marginal likelihood (empirical Bayes) and its mode.
     Biased when: epochs between updates do not reach the mode, or the structure leaves correlations out.
-    Cost: ``n_steps`` fits of Laplace an update.
+    Cost: ``n_steps`` fits of Laplace an update; with a noise scale for every number of a row one more, whose evidence
+        is that of the noise found.
 
     Raises:
         DataError: If ``burn_in`` is negative, or another count below 1.
@@ -188,7 +196,25 @@ class Evidence:
         found = _round(self.laplace, model, data, prior, tunes_noise, n_data, batch_size)
         for _ in range(self.n_steps - 1):
             found = _round(self.laplace, model, data, found.prior, tunes_noise, n_data, batch_size)
-        return found.prior, found.log_evidence
+        if found.move is None:
+            return found.prior, found.log_evidence
+        given = replace(self.laplace, tunes_prior=False)  # the curvature of the pass was summed under the noise before
+        return found.prior, _round(given, model, data, found.prior, False, n_data, batch_size).log_evidence
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One step of the noise, with a scale for every number.
+
+    Args:
+        start: Logarithms of the variances of the pass, (D,).
+        step: What a step adds to them, (D,).
+        distance: The largest that is left of one, as the pass sees it.
+    """
+
+    start: Tensor
+    step: Tensor
+    distance: float
 
 
 @dataclass(frozen=True)
@@ -204,7 +230,7 @@ class _Round:
         prior: The same, over all parameters.
         noise: Shared noise of the pass, or None.
         ratio: New precision of shared noise over that of the pass.
-        moved: Largest change of the logarithm of a noise variance that calls for another round.
+        move: Of the noise, with a scale for every number; else None.
     """
 
     state: LaplaceState
@@ -215,7 +241,7 @@ class _Round:
     prior: WeightPrior
     noise: Noise | None
     ratio: float
-    moved: float = 0.0
+    move: _Move | None = None
 
     @property
     def log_evidence(self) -> float:
@@ -257,10 +283,10 @@ def _round(
                 statistics = new if statistics is None else statistics + new
     marginal, own = laplace.marginal(state, joint), laplace.given_precision(state, joint)
     groups = Groups.of(laplace.prior_groups, state.subset) if laplace.tunes_prior else None
-    noise, ratio, moved = None, 1.0, 0.0
+    noise, ratio, move = None, 1.0, None
     if statistics is None:
         precision, _ = marginal.maximise(groups, own)
-    elif len(statistics) == 2:
+    elif not likelihood.per_output:  # pyright: ignore[reportAttributeAccessIssue]
         assert isinstance(likelihood, Gaussian)
         noise = _shared(likelihood, statistics * (n_data / state.n_seen))
         precision, ratio = marginal.maximise(groups, own, noise)
@@ -268,10 +294,10 @@ def _round(
     else:
         precision, _ = marginal.maximise(groups, own)
         posterior = marginal.curvature.posterior(params, precision, 1.0, {})
-        moved = _update_every_number(model, posterior, data, statistics, n_data, batch_size)
+        move = _update_every_number(model, posterior, data, statistics, n_data, batch_size)
     assert isinstance(joint.prior, IsotropicNormal | IndependentNormal)  # init took it
     new_prior = prior_of(precision, state.subset, params, joint.prior)
-    return _Round(state, joint, marginal, groups, precision, new_prior, noise, ratio, moved)
+    return _Round(state, joint, marginal, groups, precision, new_prior, noise, ratio, move)
 
 
 def _shared(likelihood: Gaussian, statistics: Tensor) -> Noise:
@@ -284,8 +310,8 @@ def _shared(likelihood: Gaussian, statistics: Tensor) -> Noise:
 
 def _update_every_number(
     model: Autoencoder, posterior: Normal, data: Data, statistics: Tensor, n_data: int, batch_size: int
-) -> float:
-    """MacKay's step for a scale of every number; the largest change of the logarithm of a variance."""
+) -> _Move:
+    """One step for a scale of every number."""
     likelihood, variance = model.likelihood, torch.zeros((), dtype=torch.float64)
     assert isinstance(likelihood, Gaussian)
     for batch in batches(data, model.reference, batch_size=batch_size, is_shuffled=False, n_data=n_data):
@@ -293,14 +319,28 @@ def _update_every_number(
         var = var if batch.mask is None else var * batch.mask.flatten(1)
         variance = variance + var.sum(0).cpu()
     squares, counts = statistics.cpu().reshape(2, -1)
-    old = torch.as_tensor(likelihood.noise_var, dtype=torch.float64).expand(squares.shape)
-    # as in MarginalLikelihood.maximise: damped, so that outputs with hardly more rows than weights settle too
-    left = torch.maximum(counts - variance / old, 0.01 * counts)
-    divisor = 1 + 0.5 * (counts / left.clamp(min=1e-300)).max()
-    target = (squares / left.clamp(min=1e-300)).clamp(min=likelihood.floor**2).log()
-    new = torch.where(counts > 0, old.log() + (target - old.log()) / divisor, old.log())
-    likelihood.set_noise_var(new.exp())
-    return float((new - old.log()).abs().max())
+    old = torch.as_tensor(likelihood.noise_var, dtype=torch.float64).cpu().expand(squares.shape)
+    # MacKay's step, with slopes between 1 and numbers over those left. Where hardly any are left, or on the way fewer
+    # than none, EM's step to the same fixed point, which needs no damping.
+    left, few = counts - variance / old, 0.01 * counts
+    divisor = 1 + 0.5 * counts / torch.maximum(left, few).clamp(min=1e-300)
+    var = torch.where(left > few, squares / left, (squares + variance) / counts)
+    gap = torch.where(counts > 0, var.clamp(min=likelihood.floor**2).log() - old.log(), 0.0)
+    step = torch.where(left > few, gap / divisor, gap)
+    likelihood.set_noise_var((old.log() + step).exp())
+    return _Move(old.log(), step, float(gap.abs().max()))
+
+
+def _mixed(moves: list[_Move]) -> Tensor:
+    """Log variances to try next: where the last steps, extrapolated, are 0 (Anderson); they start anew if one grew."""
+    kept: list[_Move] = []
+    for move in moves[-_N_MIXED:]:
+        kept = [move] if kept and move.distance > 2 * kept[-1].distance else [*kept, move]
+    starts, steps = torch.stack([move.start for move in kept]), torch.stack([move.step for move in kept])
+    if len(kept) == 1:
+        return starts[0] + steps[0]
+    weights = torch.linalg.lstsq(steps.diff(dim=0).mT, steps[-1, :, None], driver="gelsd").solution
+    return starts[-1] + steps[-1] - ((starts + steps).diff(dim=0).mT @ weights)[:, 0]
 
 
 def _has_gaussian_noise(model: Autoencoder) -> bool:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from bayesae.data import Data, batches
+from bayesae.data import Data, batches, count_rows
 from bayesae.errors import DataError
+from bayesae.training.generators import find_generators, get_state, set_state
 from bayesae.types import Batch
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "rows_of_pass"]
 
 
 class Loop:
@@ -29,13 +30,18 @@ class Loop:
         batch_size: Rows a batch.
         n_data: N: where a pass over a stream ends.
         n_accumulate: Batches a step.
+        **drawing: What else may draw from generators of its own, by name.
     """
 
-    def __init__(self, data: Data, like: Tensor, batch_size: int, n_data: int, n_accumulate: int = 1) -> None:
+    def __init__(
+        self, data: Data, like: Tensor, batch_size: int, n_data: int, n_accumulate: int = 1, **drawing: object
+    ) -> None:
         self.data, self.like, self.batch_size = data, like, batch_size
         self.n_data, self.n_accumulate = n_data, n_accumulate
+        self.n_pass = rows_of_pass(data, n_data)
+        self.drawing = {"data": data, **drawing}
         self.epoch = self.n_batches = self.n_seen = self.n_steps = 0  # all but the last begin at 0 in every epoch
-        self.started: dict[str, Tensor] | None = None
+        self.started: dict[str, Tensor | str] | None = None
 
     @property
     def is_at_start(self) -> bool:
@@ -77,7 +83,7 @@ class Loop:
 
     def progress(self, epochs: int) -> float:
         """Share of a run of ``epochs`` passes that is done, by rows, in [0, 1]."""
-        return (self.epoch + min(self.n_seen / self.n_data, 1.0)) / epochs
+        return (self.epoch + min(self.n_seen / self.n_pass, 1.0)) / epochs
 
     def pack(self) -> dict[str, Any]:
         """The place and the generators' states, for `encoding.flatten`."""
@@ -85,32 +91,42 @@ class Loop:
         return counts | {"now": self._generators(), "started": self.started if self.n_batches else None}
 
     def unpack(self, packed: dict[str, Any]) -> None:
-        """Go to a packed place; sets the generators."""
+        """Go to a packed place; sets the generators.
+
+        Raises:
+            DataError: If a generator of the run is not there.
+        """
         for name in _COUNTS:
             setattr(self, name, packed[name])
         self.started = packed["started"]
+        missing = sorted(packed["now"].keys() - self._generators().keys() - {"cuda"})
+        if missing:
+            expected = "data and functions with the generators of the run that is resumed"
+            raise DataError(expected, f"none at {', '.join(missing)}", "Make generators before training starts.")
         self._set_generators(packed["now"])
 
-    def _generators(self) -> dict[str, Tensor]:
-        states = {"cpu": torch.get_rng_state()}
+    def _generators(self) -> dict[str, Tensor | str]:
+        states: dict[str, Tensor | str] = {"cpu": torch.get_rng_state()}
         if self.like.is_cuda:
             states["cuda"] = torch.cuda.get_rng_state(self.like.device)
-        own = {f"own {i}": generator.get_state() for i, generator in enumerate(_own_generators(self.data))}
-        return states | own
+        return states | {path: get_state(own) for path, own in find_generators(**self.drawing).items()}
 
-    def _set_generators(self, states: dict[str, Tensor]) -> None:
+    def _set_generators(self, states: dict[str, Any]) -> None:
         torch.set_rng_state(states["cpu"])
         if self.like.is_cuda and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], self.like.device)
-        for i, generator in enumerate(_own_generators(self.data)):
-            generator.set_state(states[f"own {i}"])
+        for path, own in find_generators(**self.drawing).items():
+            if path in states:  # one that the data made while they were read is missing before that
+                set_state(own, states[path])
 
 
 _COUNTS = ("epoch", "n_batches", "n_seen", "n_steps")
 
 
-def _own_generators(data: Data) -> list[torch.Generator]:
-    """Generators that a loader, its samplers or a data set bring along, each once."""
-    parts = [data, data.sampler, data.batch_sampler, data.dataset] if isinstance(data, DataLoader) else [data]
-    held = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
-    return list({id(value): value for value in held if isinstance(value, torch.Generator)}.values())
+def rows_of_pass(data: Data, n_data: int) -> int:
+    """Rows that one pass reads: what the data say themselves, else ``n_data``, where a stream is cut."""
+    is_stream = isinstance(data.dataset if isinstance(data, DataLoader) else data, IterableDataset)
+    try:
+        return n_data if is_stream else count_rows(data)
+    except DataError:  # a loader whose batches somebody else cuts
+        return n_data

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,15 +21,17 @@ from bayesae.errors import DataError, ParameterError, UnsupportedError
 from bayesae.joint import IsotropicNormal
 from bayesae.likelihoods import Gaussian
 from bayesae.models import Autoencoder
-from bayesae.training.checkpoints import CheckpointFile, describe, describe_model
+from bayesae.training.checkpoints import CheckpointFile
+from bayesae.training.identity import describe, describe_data, describe_model
 from bayesae.training.loop import Loop
 from bayesae.training.noise import learns_noise, noise_pass
-from bayesae.training.options import Schedule, Stepper
+from bayesae.training.options import Schedule, Stepper, as_number, check_callable, check_prior
 from bayesae.types import WeightPrior
 
 __all__ = ["History", "PriorTuning", "fit_model"]
 
 
+@runtime_checkable
 class PriorTuning(Protocol):
     """What `fit_model` asks of its ``evidence``; `bayesae.Evidence` is one."""
 
@@ -170,7 +172,9 @@ def fit_model(
     on the training rows. ``evidence`` sets Gaussian noise by itself from its first update on.
 
     With ``checkpoint`` the run can be killed at any moment: the same call, with a model of the same shapes, goes on
-    from the last checkpoint. A finished run returns at once, and ``epochs`` may be raised to continue one.
+    from the last checkpoint. A finished run returns at once, and ``epochs`` may be raised to continue one. Another
+    run is refused: rows in memory are told apart by a checksum, other data sets by kind and length; arguments by their
+    values and attributes, but functions and classes with a name by that name, and networks by their layers.
 
     Args:
         model: The autoencoder. It is left in evaluation mode.
@@ -197,7 +201,8 @@ def fit_model(
         checkpoint: A file that holds the run: replaced in one move at the start, after every epoch, and every
             ``checkpoint_every`` steps.
         checkpoint_every: Steps between checkpoints within an epoch; None writes after epochs only.
-        n_data: N, where the data have no length; it weighs the prior.
+        n_data: N, which weighs the prior: where the data have no length, or where their rows are a sample of more
+            (N larger) or repeat some (N smaller). A pass over data with a length is all of them, whatever N.
         seed: Of the order of rows and any draw; None advances the caller's generator.
         progress: Show a progress bar; None shows it on a terminal only.
 
@@ -206,52 +211,62 @@ def fit_model(
 
     Exact when: a resumed run is the uninterrupted one bit for bit on a CPU, if what a step draws and what the data
         draw while they are read (a stream that shuffles, augmentation) do not take turns on torch's global generator:
-        give such data a generator of their own, or workers. ``n_accumulate`` equals one big batch to rounding if
-        rows do not depend on one another (no batch normalisation) and codes are deterministic.
+        give such data a generator of their own (torch, NumPy or `random.Random`; made before training and reached
+        by attributes, lists, dicts or closures, so through wrapped data sets and transforms too), or workers.
+        Global generators of NumPy and Python are not kept. ``n_accumulate`` equals one big batch to rounding if rows
+        do not depend on one another (no batch normalisation) and codes are deterministic.
     Cost: per epoch one pass with gradients, and one without over the rows that fix the noise. A checkpoint is the
         weights, twice that of Adam, and the best weights where there is ``patience``; a resumed epoch reads, without
         training on them, the batches that were done.
 
     Raises:
-        DataError: If there are no rows, or they lie outside the likelihood's range.
+        DataError: If there are no rows, they lie outside the likelihood's range, or a count or a rate is none.
         NonFiniteError: If the data or the objective are not finite.
-        UnsupportedError: If ``patience`` comes without ``validation``, or an option is unknown.
+        UnsupportedError: If ``patience`` comes without ``validation``, or an option is unknown or of the wrong kind.
         ParameterError: If all parameters are frozen.
-        FileError: If the checkpoint is damaged, or of a run with other arguments.
+        FileError: If the checkpoint is damaged, or of a run with other arguments or data.
     """
     if patience is not None and validation is None:
         raise UnsupportedError("validation data for early stopping", "patience alone", "Give validation=.")
     check_counts(epochs=epochs, batch_size=batch_size, n_accumulate=n_accumulate)
+    check_counts(**({} if patience is None else {"patience": patience}))
+    check_callable(objective=objective, codes=codes, optimiser=optimiser)
+    check_prior(weight_prior)
+    if evidence is not None and not isinstance(evidence, PriorTuning):
+        raise UnsupportedError("evidence that tunes a prior", repr(evidence), "bae.Evidence() is one.")
+    if not 0 <= as_number(learning_rate) < math.inf:
+        raise DataError("a finite learning_rate of at least 0", repr(learning_rate), "1e-3 is the default.")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise ParameterError("a parameter to train", "a model with all of them frozen", "Set requires_grad.")
     n_rows = count_rows(data, n_data)
     steps = torch.optim.Adam(trainable, lr=learning_rate) if optimiser is None else optimiser(trainable)
     stepper = Stepper(model, steps, objective, codes, n_rows, schedule, clip_norm, autocast)
-    words = {
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "objective": objective,
-        "codes": codes,
-        "weight_prior": weight_prior,
-        "validation": None if validation is None else "given",
-        "patience": patience,
-        "schedule": schedule,
-        "clip_norm": clip_norm,
-        "n_accumulate": n_accumulate,
-        "autocast": autocast,
-        "optimiser": optimiser,
-        "evidence": evidence,
-        "n_data": n_rows,
-        "seed": seed,
-    }
-    file = CheckpointFile(
-        checkpoint,
-        checkpoint_every,
-        {"function": "fit_model"} | {name: describe(word) for name, word in words.items()} | describe_model(model),
-    )
+    arguments: dict[str, str] = {}
+    if checkpoint is not None:  # checksums take a pass over the data
+        words = {
+            "function": "fit_model",
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "objective": objective,
+            "codes": codes,
+            "weight_prior": weight_prior,
+            "patience": patience,
+            "schedule": schedule,
+            "clip_norm": clip_norm,
+            "n_accumulate": n_accumulate,
+            "autocast": autocast,
+            "optimiser": optimiser,
+            "evidence": evidence,
+            "n_data": n_rows,
+            "seed": seed,
+        }
+        arguments = {name: describe(word) for name, word in words.items()} | describe_model(model)
+        arguments |= {"data": describe_data(data), "validation": describe_data(validation)}
+    file = CheckpointFile(checkpoint, checkpoint_every, arguments)
     prior = IsotropicNormal() if weight_prior is None else weight_prior
-    loop = Loop(data, model.reference, batch_size, n_rows, n_accumulate)
+    drawing = {"objective": objective, "codes": codes, "schedule": schedule, "validation": validation, "model": model}
+    loop = Loop(data, model.reference, batch_size, n_rows, n_accumulate, **drawing)
     run = _Run(model, steps, loop, prior, tunes_prior=evidence is not None)
 
     def estimate() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,10 +16,53 @@ from bayesae.errors import DataError, NonFiniteError, UnsupportedError
 from bayesae.models import Autoencoder, Bound
 from bayesae.types import Batch, WeightPrior
 
-__all__ = ["Schedule", "Stepper", "constant", "cosine", "one_cycle"]
+__all__ = [
+    "Schedule",
+    "Stepper",
+    "as_number",
+    "check_callable",
+    "check_prior",
+    "constant",
+    "cosine",
+    "one_cycle",
+]
 
 Schedule: TypeAlias = Literal["constant", "cosine", "one_cycle"] | Callable[[float], float]
 """Factor of the learning rate as a function of the share of training that is done, in [0, 1)."""
+
+
+def check_callable(**functions: object) -> None:
+    """Raise unless all of these can be called.
+
+    Args:
+        **functions: By the name of their argument; None is one that was left out.
+
+    Raises:
+        UnsupportedError: Naming the first that cannot.
+    """
+    for name, value in functions.items():
+        if value is not None and not callable(value):
+            raise UnsupportedError(f"a function as {name}", repr(value), "Leave it out for the default.")
+
+
+def check_prior(weight_prior: object) -> None:
+    """Raise unless this is a weight prior, or None.
+
+    Raises:
+        UnsupportedError: If it has no ``log_prob``.
+    """
+    if weight_prior is not None and not callable(getattr(weight_prior, "log_prob", None)):
+        expected, fix = "a weight prior, with log_prob(params)", "IsotropicNormal(precision) makes one of a number."
+        raise UnsupportedError(expected, repr(weight_prior), fix)
+
+
+def as_number(value: object) -> float:
+    """A real number of Python, NumPy or torch as a float; NaN for anything else."""
+    number: Any = value
+    try:
+        return math.nan if isinstance(value, str) else float(number)
+    except (TypeError, ValueError, RuntimeError):  # None, an array of several, a tensor of complex numbers
+        return math.nan
 
 
 def constant(progress: float) -> float:
@@ -115,10 +158,10 @@ class Stepper:
     rates: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.schedule) and self.schedule not in _SCHEDULES:
+        if not callable(self.schedule) and not (isinstance(self.schedule, str) and self.schedule in _SCHEDULES):
             expected = f"a schedule, one of {list(_SCHEDULES)} or a function of the progress"
             raise UnsupportedError(expected, repr(self.schedule), "'constant' is the default.")
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        if self.clip_norm is not None and not as_number(self.clip_norm) > 0:
             raise DataError("a positive clip_norm", repr(self.clip_norm), "Leave it out to clip nothing.")
         dtypes = (self.autocast, self.model.reference.dtype)
         if self.autocast is not None and dtypes != (torch.bfloat16, torch.float32):
@@ -169,8 +212,9 @@ class Stepper:
 
     def _set_rates(self, progress: float) -> None:
         schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
-        factor = schedule(progress)
+        given = schedule(progress)
+        factor = as_number(given)
         if not 0 <= factor < math.inf:
-            raise DataError("a schedule of factors of at least 0", f"{factor} at {progress}", "1 is the full rate.")
+            raise DataError("a schedule of factors of at least 0", f"{given!r} at {progress}", "1 is the full rate.")
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor

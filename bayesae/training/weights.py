@@ -15,13 +15,17 @@ from bayesae import objectives, random
 from bayesae.codes import CodePosterior, encode
 from bayesae.data import Data, check_counts, count_rows
 from bayesae.draws import Draws
+from bayesae.errors import DataError
 from bayesae.functional import check_finite, check_is_evaluable, parameters_of
 from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.models import Autoencoder
-from bayesae.training.checkpoints import CheckpointFile, describe, describe_model, digest
-from bayesae.training.loop import Loop
+from bayesae.training.checkpoints import CheckpointFile
+from bayesae.training.identity import describe, describe_data, describe_model, digest
+from bayesae.training.loop import Loop, rows_of_pass
+from bayesae.training.options import check_callable, check_prior
 from bayesae.types import Batch, Params, WeightPosterior, WeightPrior
 from bayesae.weights import WeightInference
+from bayesae.weights.laplace import Laplace
 
 __all__ = ["fit_weights", "log_joint"]
 
@@ -61,6 +65,7 @@ def log_joint(
         The joint; ``is_deterministic`` if the code is the plain encoder's.
     """
     check_is_evaluable(model)
+    check_prior(weight_prior)
     prior = IsotropicNormal() if weight_prior is None else weight_prior
     return LogJoint(
         model.network,
@@ -110,7 +115,8 @@ def fit_weights(
         checkpoint: A file that holds the run: replaced in one move at the start, after every pass, and every
             ``checkpoint_every`` steps.
         checkpoint_every: Steps between checkpoints within a pass; None writes after passes only.
-        n_data: N, where the data have no length.
+        n_data: N: where the data have no length, or where their rows are a sample of more (N larger). Structures of
+            Laplace with several passes take no other N than the rows of a pass.
         seed: Of initialisations, the order of rows and any draw; None advances the caller's generator.
         progress: Show a progress bar; None shows it on a terminal only.
 
@@ -121,35 +127,44 @@ def fit_weights(
     Cost: that of the method; a checkpoint is its state.
 
     Raises:
-        DataError: If there are no rows, or they lie outside the likelihood's range.
+        DataError: If there are no rows, they lie outside the likelihood's range, or a structure of several passes
+            gets another ``n_data`` than there are rows.
+        UnsupportedError: If an argument is of the wrong kind.
         NonFiniteError: If weights, the log-joint or the data that the method reads are not finite.
-        FileError: If the checkpoint is damaged, or of a run with other arguments or weights.
+        FileError: If the checkpoint is damaged, or of a run with other arguments, data or weights.
     """
     check_counts(batch_size=batch_size)
+    check_callable(objective=objective, codes=codes)
     n_data = count_rows(data, n_data)
+    if isinstance(inference, Laplace) and inference.epochs > 1 and rows_of_pass(data, n_data) != n_data:
+        got = f"n_data = {n_data} for {rows_of_pass(data, n_data)} rows"
+        fix = "Structures of one pass, such as 'kronecker', scale their sums to any n_data."
+        raise DataError(f"n_data rows in each of the {inference.epochs} passes of {inference.structure!r}", got, fix)
     frozen = copy.deepcopy(model).eval()
     params = parameters_of(frozen.network)
     check_finite(params, "weights of the model", "Did fit_model diverge?")
     joint = log_joint(
         frozen, n_data, objective=objective, codes=codes, weight_prior=weight_prior, temperature=temperature
     )
-    words = {
-        "inference": inference,
-        "batch_size": batch_size,
-        "objective": objective,
-        "codes": codes,
-        "weight_prior": weight_prior,
-        "temperature": temperature,
-        "n_data": n_data,
-        "seed": seed,
-        "values of the weights": digest(frozen.state_dict()) if checkpoint is not None else None,
-    }
-    file = CheckpointFile(
-        checkpoint,
-        checkpoint_every,
-        {"function": "fit_weights"} | {name: describe(word) for name, word in words.items()} | describe_model(frozen),
-    )
-    loop = Loop(data, frozen.reference, batch_size, n_data)
+    arguments: dict[str, str] = {}
+    if checkpoint is not None:  # checksums take a pass over the data
+        words = {
+            "function": "fit_weights",
+            "inference": inference,
+            "batch_size": batch_size,
+            "objective": objective,
+            "codes": codes,
+            "weight_prior": weight_prior,
+            "temperature": temperature,
+            "n_data": n_data,
+            "seed": seed,
+            "values of the weights": digest(frozen.state_dict()),
+        }
+        arguments = {name: describe(word) for name, word in words.items()} | {"data": describe_data(data)}
+        arguments |= describe_model(frozen)
+    file = CheckpointFile(checkpoint, checkpoint_every, arguments)
+    drawing = {"inference": inference, "objective": objective, "codes": codes, "model": frozen}
+    loop = Loop(data, frozen.reference, batch_size, n_data, **drawing)
     with random.scope(seed, frozen.reference.device):
         saved = file.read()
         if saved is None:

@@ -25,7 +25,9 @@ LIMITS = (1e-6, 1e12)  # of a precision by layer or by weight: where weights are
 # effective weights of a group in which data say nothing: all that rounding leaves of a curvature of 0, alone and beside
 # others
 _NOTHING, _NOTHING_BESIDE = 1e-30, 1e-10
-_ROUNDING, _TOLERANCE, _MAX_STEPS = 1e-13, 1e-9, 200  # of steps in log precision
+_ROUNDING, _TOLERANCE, _LONGEST, _MAX_STEPS = 1e-13, 1e-9, 10.0, 200  # of steps in log precision
+# of the observed numbers: fewer that the weights leave to the noise are the rounding of a difference
+_NONE_LEFT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,13 @@ class Noise:
         """What the log-likelihood gains as the precision goes to ``ratio`` times what it was, nats."""
         return 0.5 * (self.count * math.log(ratio) - (ratio - 1) * self.precision * self.square)
 
-    def left(self, n_effective: float) -> tuple[float, float]:
-        """Numbers less effective weights, and what divides a step of `MarginalLikelihood.maximise`."""
-        # effective weights of a structure that is no projection can outnumber the data on the way
-        left = max(self.count - n_effective, 0.01 * self.count)
-        return left, 1 + 0.5 * self.count / left
+    def excess(self, effective: Tensor, at: float) -> float:
+        """Numbers less effective weights less weighed residuals: 0 at the maximum, and falling in ``at``, log ratio."""
+        return self.count - float(effective.sum()) - self.weighed(at)
+
+    def weighed(self, at: float) -> float:
+        """Squared residuals over the noise variance, summed; ``at`` is the logarithm of the ratio."""
+        return math.exp(at) * self.precision * self.square
 
 
 @dataclass(frozen=True)
@@ -207,28 +211,55 @@ class MarginalLikelihood:
         # The gap log gamma(a) - log square - a has minus the Jacobian I + diag(1 / gamma) K with
         # K_gh = d_gh Tr B_gg - |B_gh|^2, B = Lambda^1/2 (G + Lambda)^-1 Lambda^1/2, 0 <= B <= I. Both K and
         # diag(gamma) - K are positive semi-definite (the latter has entries |(I - B)_gh|^2): slopes are between 1 and 2
-        # in every direction, and a step of the gap over 1.5 leaves a third of the error at most. With the noise, of
-        # gamma_n = M - sum gamma, they are between 1 and 1 + M / gamma_n by Cauchy-Schwarz, and 1.5 becomes their mean.
-        step, divisor, at_noise = math.inf, 1.5, 0.0
+        # in every direction, and a step of the gap over 1.5 leaves a third of the error at most. The noise is solved
+        # for at every step, so that K becomes its Schur complement, between 0 and K: the slopes keep their bounds,
+        # however few numbers the weights leave.
+        step, at_noise = math.inf, 0.0
+        effective = self.theta
         for _ in range(_MAX_STEPS):
-            effective = self.curvature.effective(given(at) / math.exp(at_noise))
-            moved = at_noise
-            if noise is not None:
-                left, divisor = noise.left(float(effective.sum()))
-                gap = math.log(left / (noise.square * noise.precision)) - at_noise
-                moved = min(at_noise + gap / divisor, math.log(noise.highest / noise.precision))
-            new = at
+            before, new = at_noise, at
+            at_noise, effective = self._settle(given(at), noise, before)
             if groups is not None:
                 gap = (groups.sum(effective) / squares).log() - at
-                new = torch.where(is_silent, at, (at + gap / divisor).clamp(low, high))
-            moves = [abs(moved - at_noise), *(new - at).abs().tolist()]
-            step, at, at_noise = max(moves), new, moved
-            if step <= _ROUNDING * max([1.0, *at.abs().tolist()]):
+                new = torch.where(is_silent, at, (at + gap / 1.5).clamp(low, high))
+            step = max([abs(at_noise - before), *(new - at).abs().tolist()])
+            at = new
+            if not step > _ROUNDING * max([1.0, *at.abs().tolist()]):  # or it is no number
                 break
+        fix = "Are there more observed numbers than effective weights? Choose fewer by subset=, or leave the noise."
         if not step <= _TOLERANCE:
-            fix = "Are there more observed numbers than effective weights? Choose fewer by subset=, or leave the noise."
             raise NonFiniteError("a maximum of the evidence", f"steps of {step:.1g} after {_MAX_STEPS}", fix)
+        if noise is not None and not noise.count - float(effective.sum()) > _NONE_LEFT * noise.count:
+            got = f"{noise.count:g} numbers and {float(effective.sum()):g} effective weights"
+            raise NonFiniteError("numbers that the weights leave to the noise", got, fix)
         return given(at), math.exp(at_noise)
+
+    def _settle(self, precision: Precision, noise: Noise | None, at: float) -> tuple[float, Tensor]:
+        """The logarithm of the noise's ratio under this prior, from a guess, and the effective weights there."""
+        if noise is None:
+            return at, self.curvature.effective(precision)
+        # The excess falls, at least as fast as the weighed residuals rise: secants, kept in a bracket. Above `top` it
+        # is negative, or the noise at its floor.
+        top = min(math.log(noise.count / noise.precision / noise.square), math.log(noise.highest / noise.precision))
+        low, high, old, before = -math.inf, math.inf, math.nan, math.nan
+        at = min(at, top)
+        for _ in range(_MAX_STEPS):
+            effective = self.curvature.effective(precision / math.exp(at))
+            excess, slope = noise.excess(effective, at), noise.weighed(at)
+            if math.isnan(excess):
+                break
+            if abs(excess) <= _ROUNDING * noise.count or (at == top and excess > 0):
+                return at, effective
+            if math.isnan(old):
+                slope += max(0.0, float((effective * (1 - effective)).sum()))  # Newton's own, if G has Lambda's basis
+            else:
+                slope = max(noise.weighed(min(at, old)), (before - excess) / (at - old))
+            low, high = (at, high) if excess > 0 else (low, at)
+            new = min(at + max(-_LONGEST, min(_LONGEST, excess / slope)), top)
+            if not low < new < high or (abs(excess) > 0.5 * abs(before) and math.isfinite(high - low)):
+                new = 0.5 * (low + high)
+            old, before, at = at, excess, new
+        return math.nan, self.theta
 
     def _start(self, groups: Groups, own: Precision, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
         """Logarithms to start from, sums of squared weights, and the groups of no curvature, all (n,)."""

@@ -5,6 +5,7 @@ Whole parts need no rule: ``Subset.of(network, ["decoder.**"])``, ``["**.bias"]`
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -322,8 +323,12 @@ def _strongest(scores: Params, n_weights: int, within: Subset) -> Subset:
     within.check(scores)
     values = within.ravel(scores)
     check_finite({"scores": values}, "scores of weights", "Did the training diverge?")
-    if not isinstance(n_weights, int) or not 0 <= n_weights <= len(values):
+    try:
+        n = operator.index(n_weights)  # numpy's whole numbers too
+    except TypeError:
+        n = -1
+    if not 0 <= n <= len(values):
         fix = "A share f of the weights is int(f * len(subset)); more need more candidates."
         raise DataError(f"n_weights, a whole number of 0 to {len(values)}", repr(n_weights), fix)
     # stable, so that equal scores do not depend on the machine
-    return within.take(values.sort(descending=True, stable=True).indices[:n_weights])
+    return within.take(values.sort(descending=True, stable=True).indices[:n])

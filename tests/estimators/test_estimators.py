@@ -209,11 +209,75 @@ def test_fitted_estimators_travel(detector, table):
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"latent_dim": 0}, "latent_dim"),
         ({"hidden": [4, 0]}, "hidden"),
+        ({"hidden": [4.5]}, "hidden"),
+        ({"hidden": 16}, r"hidden, or None; got 16\. \[16\]"),
+        ({"hidden": "16"}, "hidden"),
+        ({"latent_dim": 2.0}, "latent_dim"),
+        ({"contamination": "auto"}, "contamination"),
+        ({"contamination": float("nan")}, "contamination"),
+        ({"false_alarm_rate": None}, "false_alarm_rate"),
+        ({"validation_fraction": "a"}, "validation_fraction"),
+        ({"epochs": 3.0}, "epochs"),
+        ({"epochs": True}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"patience": 0}, "a patience"),
+        ({"patience": -5}, "patience"),
+        ({"patience": 1.5}, "patience"),
     ],
 )
 def test_mistakes_are_named(table, arguments, message):
     with pytest.raises(bae.errors.DataError, match=message):
         bae.BayesianOutlierDetector(**arguments).fit(table)
+
+
+@pytest.mark.parametrize("given", ["gaussian", bae.likelihoods.Gaussian, 3])
+def test_what_is_no_likelihood_and_no_method_is_named(table, given):
+    for name, message in (("likelihood", "a likelihood, or None"), ("weights", "a method of the weights")):
+        with pytest.raises(bae.errors.UnsupportedError, match=message):
+            bae.BayesianAutoencoder(**{name: given}).fit(table)
+
+
+def test_training_without_patience_and_with_numbers_of_numpy(table):
+    found = bae.BayesianAutoencoder(np.int64(2), np.array([4, 3]), epochs=np.int64(3), patience=None, random_state=0)
+    assert found.fit(table).n_iter_ == 3 and found.transform(table[:1]).shape == (1, 2)
+
+
+@pytest.mark.parametrize("unit", [1e-290, 1e-200, 1e-160, 1e160, 1e200, 1e304])
+def test_columns_of_any_magnitude_are_scaled(table, unit):
+    plain, found = (bae.BayesianAutoencoder(epochs=1, random_state=0) for _ in range(2))
+    rows = table / table.std(0)
+    plain._set_scale(rows)
+    found._set_scale(rows * unit)
+    np.testing.assert_allclose(found.scale_ / unit, plain.scale_, rtol=1e-9)
+    np.testing.assert_allclose(found.mean_ / unit, plain.mean_, rtol=1e-9)
+
+
+def test_a_huge_value_leaves_finite_scores(table):
+    rows = np.vstack([table, np.full((1, D), 1e200)])
+    found = bae.BayesianOutlierDetector(epochs=2, random_state=0).fit(rows)
+    assert np.isfinite(found.scale_).all() and np.isfinite(found.decision_scores_).all()
+    np.testing.assert_allclose(found.mean_, 1e200 / len(rows))
+
+
+def test_ordinary_columns_keep_every_bit_of_their_scale(table):
+    rows = np.hstack([table, np.full((N, 2), 0.1), np.zeros((N, 1)), 1e9 + 1e-3 * table])
+    found = bae.BayesianAutoencoder(random_state=0)
+    found._set_scale(np.hstack([rows, 1e200 * table]))
+    deviation = rows.std(0)
+    np.testing.assert_array_equal(found.mean_[: rows.shape[1]], rows.mean(0))
+    is_constant = deviation <= 1e-12 * np.abs(rows.mean(0))
+    assert is_constant[D : D + 3].all()
+    np.testing.assert_array_equal(found.scale_[: rows.shape[1]], np.where(is_constant, 1.0, deviation))
+
+
+def test_rows_beyond_floats_are_named():
+    rows = np.random.RandomState(0).randn(20, 3)
+    rows[:, 1] = 1.7e308
+    rows[0, 1] = -1.7e308
+    with pytest.raises(bae.errors.DataError, match=r"columns \[1\] \(1 in all\)"):
+        bae.BayesianAutoencoder(epochs=1, random_state=0).fit(rows)
 
 
 def test_they_load_on_first_use():

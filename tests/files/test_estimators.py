@@ -87,9 +87,35 @@ def test_what_an_estimator_may_not_have_is_named(tmp_path):
     with pytest.raises(UnsupportedError, match="extra_"):
         bae.save(estimator, tmp_path / "file")
     state = np.random.RandomState(0)
-    with pytest.raises(UnsupportedError, match="RandomState at 'arguments/random_state'"):
-        bae.save(bae.BayesianAutoencoder(**(ARGUMENTS | {"random_state": state})).fit(TABLE), tmp_path / "file")
+    estimator = bae.BayesianAutoencoder(**(ARGUMENTS | {"random_state": state})).fit(TABLE)
+    with pytest.raises(UnsupportedError, match=r"RandomState at 'arguments/random_state'.*set_params\(random_state"):
+        bae.save(estimator, tmp_path / "file")
     assert not (tmp_path / "file").exists()
+    scores = estimator.score_samples(TABLE)  # the advice is sound
+    bae.save(estimator.set_params(random_state=None), tmp_path / "file")
+    assert np.array_equal(bae.load(tmp_path / "file").score_samples(TABLE), scores)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"latent_dim": np.int64(2), "epochs": np.int32(2), "learning_rate": np.float32(0.5)}, {"latent_dim": 2}),
+        ({"hidden": np.array([8, 4])}, {"hidden": [8, 4]}),
+        ({"hidden": (np.int64(8), 4)}, {"hidden": (8, 4)}),
+        ({"standardise": np.bool_(True), "random_state": np.int64(3)}, {"standardise": True, "random_state": 3}),
+        ({"weights": bae.weights.Laplace(bae.weights.LowRank(np.int64(2)))}, {}),
+        ({"weights": bae.weights.Ensemble(np.int64(2), np.int64(1))}, {"weights": bae.weights.Ensemble(2, 1)}),
+        ({"likelihood": L.StudentT(np.float32(4), floor=np.float32(0.25))}, {}),
+    ],
+)
+def test_arguments_of_numpy_come_back_as_numbers(arguments, expected, tmp_path):
+    before = bae.BayesianAutoencoder(**(ARGUMENTS | arguments)).fit(TABLE)
+    bae.save(before, tmp_path / "file")
+    after = bae.load(tmp_path / "file")
+    assert np.array_equal(before.score_samples(TABLE), after.score_samples(TABLE))
+    for key, value in expected.items():
+        assert getattr(after, key) == value and type(getattr(after, key)) is type(value)
+    assert all(getattr(before, key) is value for key, value in arguments.items())
 
 
 def test_keywords_of_predictives_are_not_for_estimators(tmp_path):
@@ -115,6 +141,7 @@ HOSTILE = {
     "an attribute of a method": (("attributes",), as_skeleton({"fit": 1})),
     "a mean of no columns": (("attributes", "mean_"), as_skeleton([1.0])),
     "columns without end": (("attributes", "n_features_in_"), 10**12),
+    "a scale of 0": (("attributes", "scale_"), {"true": [5]}),
     "a threshold of words": (("attributes", "threshold_"), "x"),
     "a history of words": (("history",), as_skeleton({"train": "x"})),
     "a predictive of nothing": (("predictive",), as_skeleton({})),

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -106,3 +109,20 @@ def test_the_hessian_of_a_sure_class_keeps_its_sign(dtype, scale):
     p = outputs.double().softmax(-1)
     exact = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
     assert_close(block.double(), exact, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("bad", [2.5, 3.0, "a", None])
+def test_number_of_classes_must_be_whole(bad):
+    with pytest.raises(bae.errors.DataError, match="a whole number of n_classes"):
+        Categorical(bad)
+
+
+def test_arguments_from_arrays_can_be_written_as_json():
+    head = Categorical(np.int64(2), np.array([1, 4]))
+    assert json.loads(json.dumps(head.arguments)) == {"n_classes": 2, "values": [1.0, 4.0]}
+
+
+@pytest.mark.parametrize("bad", [[[1, 2], [3]], "ab", [1, "b"], {}])
+def test_values_must_be_numbers(bad):
+    with pytest.raises(bae.errors.DataError, match="increasing values"):
+        Categorical(2, bad)

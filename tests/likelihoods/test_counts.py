@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -54,6 +55,21 @@ def test_negative_binomial(x, r):
     assert_close(got, torch.tensor([exact_negative_binomial(x, f, r)], **F64), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("per_output", [False, True])
+def test_negative_binomial_of_large_means_in_single_precision(per_output):
+    f = torch.linspace(11, 12, 20)
+    x = (f.exp() * torch.linspace(0.5, 2, 20)).round()
+    head = NegativeBinomial(torch.full((20,), 5.1, **F64) if per_output else 5.1, per_output=per_output)
+    expected = [exact_negative_binomial(float(a), float(b), 5.1) for a, b in zip(x, f, strict=True)]
+    got = head.log_density(f[None], x[None])
+    assert got.dtype == torch.float32
+    assert_close(got[0].double(), torch.tensor(expected, **F64), rtol=1e-6, atol=0)
+    mean = f.exp()
+    matched = head.log_predictive(mean, mean + mean**2 / 5.1, x)
+    wide = mean.double()
+    assert_close(matched.double(), head.log_predictive(wide, wide + wide**2 / 5.1, x.double()), rtol=1e-5, atol=0)
+
+
 def test_large_dispersion_is_poisson():
     f, x = torch.linspace(-2, 5, 20, **F64), torch.arange(20.0, **F64)
     assert_close(NegativeBinomial(1e14).log_density(f, x), Poisson().log_density(f, x), rtol=1e-10, atol=1e-10)
@@ -96,3 +112,10 @@ class TestSizeFactors:
             size_factors(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
         with pytest.raises(bae.errors.DataError, match="for size_factors; got 0.5"):
             size_factors(torch.tensor([[0.5, 1.0]]))
+        with pytest.raises(bae.errors.ShapeError, match="counts"):
+            size_factors(torch.tensor([1.0, 2.0]))
+
+    @pytest.mark.parametrize("dtype", ["int64", "float32", "float64"])
+    def test_arrays(self, dtype):
+        counts = np.array([[1, 2], [4, 5]], dtype=dtype)
+        assert torch.equal(size_factors(counts), size_factors(torch.from_numpy(counts)))

@@ -202,3 +202,18 @@ def test_runs_on_the_device_of_its_outputs(case):
         head.normal_moments(outputs.to(**away), outputs.to(**away))
     if hasattr(head, "noise_statistics"):
         assert head.noise_statistics(outputs.to(**away), target.to(**away), mask.to(**away)).is_meta
+
+
+BAD = [
+    ("Mixed", {"columns": 3}), ("Mixed", {"columns": None}), ("Mixed", {"columns": "Gaussian"}),
+    ("Mixed", {"columns": [["Gaussian", {}, 1]]}), ("Mixed", {"columns": [3]}), ("Mixed", {"columns": [[["a"], {}]]}),
+    ([1], {}), (None, None), ("Gaussian", [1]), ("Gaussian", "scale"), ("Gaussian", {"scale": {}}),
+    ("Gaussian", {"scale": "abc"}), ("Categorical", {"n_classes": 2, "values": [[1, 2], [3]]}),
+    ("Categorical", {"n_classes": "a"}), ("StudentT", {"df": None}), ("Gaussian", {"floor": "a"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments"), BAD, ids=str)
+def test_what_cannot_be_built_is_named(name, arguments):
+    with pytest.raises((bae.errors.ParameterError, bae.errors.DataError)):
+        L.build(name, arguments)

@@ -86,3 +86,8 @@ def test_scale_must_be_positive(bad):
 def test_bernoulli_range():
     with pytest.raises(bae.errors.DataError, match="values from -1 to 255"):
         bae.likelihoods.Bernoulli().check(torch.tensor([[-1.0, 255.0]]))
+
+
+@pytest.mark.parametrize("head", [bae.likelihoods.Bernoulli(), bae.likelihoods.ContinuousBernoulli()])
+def test_no_rows_have_no_range(head):
+    head.check(torch.zeros(0, 3))

@@ -4,8 +4,10 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import bayesae as bae
@@ -150,13 +152,40 @@ def test_guesses_columns_from_a_table():
     x = torch.tensor([[0.0, 2.0, 0.5, 12.0], [1.0, 7.0, 2.0, 3.0], [1.0, torch.nan, -1.0, 5.0]])
     head = L.Mixed.of(x)
     assert [type(c).__name__ for c in head.columns] == ["Bernoulli", "Categorical", "Gaussian", "Gaussian"]
-    assert head.columns[1].values == (2.0, 7.0)
+    assert head.columns[1].values == tuple(range(8))
+    head.check(torch.tensor([[1.0, 5.0, 0.1, 4.0]]))  # a class that no row above has
     head.check(torch.where(x.isnan(), 0.0, x))
     assert [type(c).__name__ for c in L.Mixed.of(x.numpy()).columns] == [type(c).__name__ for c in head.columns]
     with pytest.raises(bae.errors.DataError, match="entries in column 0; got none"):
         L.Mixed.of(torch.full((3, 1), torch.nan))
     with pytest.raises(bae.errors.ShapeError, match="a table"):
         L.Mixed.of(torch.zeros(3))
+    with pytest.raises(bae.errors.DataError, match="a table of numbers"):
+        L.Mixed.of(np.array([["a", 1.0]], dtype=object))
+
+
+def test_one_object_for_several_columns_learns_noise_for_each():
+    head = L.Mixed([L.Gaussian()] * 3)
+    x, f = torch.randn(400, 3, **F64) * torch.tensor([0.1, 1.0, 10.0], **F64), torch.zeros(400, 3, **F64)
+    head.start_noise()
+    head.update_noise(head.noise_statistics(f, x))
+    assert_close(torch.tensor([column.noise_var for column in head.columns], **F64), (x**2).mean(0))
+
+
+def test_laplace_of_rows_with_an_axis_of_one():
+    """Rows (B, C, 1) and (B, C), with a mask, are the same table."""
+    head = full()
+    x, mask = table(head, 12), torch.rand(12, 4) > 0.3
+    decoder = nn.Linear(2, head.n_outputs)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model = bae.Autoencoder(encoder, decoder, head).double().eval()
+    spoilt = torch.where(mask, x, torch.nan)
+    flat, deep = (
+        bae.fit_weights(bae.weights.Laplace(tunes_prior=False), model, batch)
+        for batch in (bae.Batch(spoilt, mask), bae.Batch(spoilt[..., None], mask[..., None]))
+    )
+    for name, variance in flat.variances().items():
+        assert_close(deep.variances()[name], variance, rtol=1e-12, atol=0)
 
 
 def test_errors(head):

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -191,3 +192,25 @@ def test_errors():
         three.variance(torch.zeros(3, 4))
     with pytest.raises(bae.errors.ShapeError, match="one noise number; got 2 in the state"):
         L.Gaussian().load_state_dict(L.Gaussian([0.1, 0.2], per_output=True).state_dict())
+
+
+@pytest.mark.parametrize("given", [np.float32(0.25), np.array(0.25), torch.tensor(0.25), torch.tensor([0.25]), [0.25]])
+def test_one_number_in_any_form(given):
+    assert L.Gaussian(given).noise_var == 0.0625 and L.Gaussian(given).arguments["scale"] == 0.25
+    assert float(L.Gaussian(given, per_output=True).noise_var) == 0.0625
+
+
+@pytest.mark.parametrize("given", ["a", {}, [[0.1], [0.2, 0.3]], torch.tensor(-0.1), np.float32("nan"), []])
+@pytest.mark.parametrize("per_output", [False, True])
+def test_what_is_no_noise_is_refused(given, per_output):
+    with pytest.raises(bae.errors.DataError):
+        L.Gaussian(given, per_output=per_output)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("state", [0.0, -1.0, math.inf, [0.1, -0.1], [0.1, math.nan]])
+def test_a_state_that_is_no_noise_is_refused(name, state):
+    head = HEADS[name][1](per_output=isinstance(state, list))
+    with pytest.raises(bae.errors.DataError, match="in the state"):
+        head.load_state_dict({"_extra_state": torch.tensor(state, **F64)})
+    assert not head.is_estimated

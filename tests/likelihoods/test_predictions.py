@@ -15,6 +15,11 @@ from tests.likelihoods.test_mixed import full, simple
 
 MIXED = [Case("Mixed", simple, None, None), Case("MixedFull", full, None, None)]
 N_DRAWS = 20_000
+QUICK = {"Mixed", "NegativeBinomial"}  # five closed forms column by column, and that of over-dispersed counts
+
+
+def has_closed_form(case):
+    return not (case.name.startswith("Categorical") or case.name == "MixedFull")
 
 
 @pytest.fixture(params=CASES + MIXED, ids=[*IDS, "Mixed", "MixedFull"])
@@ -70,19 +75,18 @@ def test_curvature_is_that_of_the_likelihood(case):
     assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c.name in QUICK else pytest.mark.slow) for c in CASES + MIXED if has_closed_form(c)],
+    ids=str,
+)
 def test_closed_form_against_draws(case):
     """In standard errors of the draws; means, noise and the weights' part."""
     model, weights, x = fitted(case)
     few = x[:3]
     predictive = bae.Predictive(model, weights)
-    moments = predictive.moments(few, n_weight_draws=None if has_closed_form(case) else 50, seed=0)
-    extra = (3,) if case.name == "Categorical" else ()
-    assert moments.mean.shape == moments.total.shape == (*few.shape, *extra)
-    assert moments.log_prob(few).shape == few.shape
-    assert moments.is_exact is has_closed_form(case)
-    if not has_closed_form(case):
-        assert_close(moments.log_prob(few), moments.log_prob(few.flatten()), rtol=0, atol=0)
-        return
+    moments = predictive.moments(few)
+    assert moments.is_exact
     outputs = predictive(few, n_weight_draws=N_DRAWS, seed=1, chunk_size=10**6, keep_outputs=True).outputs[0]
     mean, noise = model.likelihood.mean(outputs), model.likelihood.variance(outputs)
     assert bool((standard_errors(mean, moments.mean) < 4.8).all())
@@ -92,8 +96,18 @@ def test_closed_form_against_draws(case):
     assert drawn.mean.shape == few.shape and not drawn.is_exact
 
 
-def has_closed_form(case):
-    return not (case.name.startswith("Categorical") or case.name == "MixedFull")
+def test_moments_fit_the_rows(case):
+    model, weights, x = fitted(case)
+    few = x[:3]
+    is_exact = has_closed_form(case)
+    moments = bae.Predictive(model, weights).moments(few, n_weight_draws=None if is_exact else 50, seed=0)
+    extra = (3,) if case.name == "Categorical" else ()
+    assert moments.is_exact is is_exact
+    assert moments.mean.shape == moments.total.shape == (*few.shape, *extra)
+    assert moments.log_prob(few).shape == few.shape
+    assert_close(moments.log_prob(few[..., None].numpy()), moments.log_prob(few), rtol=0, atol=0)
+    with pytest.raises(bae.errors.ShapeError, match="rows that the moments"):
+        moments.log_prob(x[:2])
 
 
 def standard_errors(draws, expected):

@@ -219,3 +219,32 @@ def test_digits_given_their_label():
     told = bae.ood.negative_log_density(predictive.moments(batch), x)
     lied = bae.ood.negative_log_density(predictive.moments(batch._replace(context=(labels + 1) % 10)), x)
     assert float((lied > told).float().mean()) > 0.9
+
+
+class TestOneNumberARow:
+    """Where a network reads one number of the context, more are refused and not left out."""
+
+    def test_labels(self):
+        torch.manual_seed(0)
+        net, z, labels = nets.Conditional(nets.mlp(5, [4], 2), 3), torch.randn(3, 2), torch.arange(3.0)
+        assert_close(net(z, labels), net(z, labels[:, None]))
+        for bad in (torch.eye(3), torch.stack([labels, labels], 1), torch.zeros(3, 1, 1)):
+            with pytest.raises(bae.errors.ShapeError, match=r"a context \(B, 1\).*use n_classes=None"):
+                net(z, bad)
+
+    def test_exposures(self):
+        torch.manual_seed(0)
+        net, z, exposure = nets.Offset(nets.mlp(2, [4], 3)), torch.randn(3, 2), torch.tensor([1.0, 2.0, 3.0])
+        assert_close(net(z, exposure), net(z, exposure[:, None]))
+        for n in (2, 3):
+            with pytest.raises(bae.errors.ShapeError, match=rf"a context \(B, 1\); got \(3, {n}\). Give one exposure"):
+                net(z, exposure[:, None].expand(3, n))
+
+    def test_in_every_fit(self, batch):
+        both = batch._replace(context=torch.stack([batch.context, batch.context], 1))
+        for call in (
+            lambda: bae.fit_model(conditional(), both, epochs=1, progress=False),
+            lambda: bae.fit_weights(bae.weights.Laplace(), conditional(), both, progress=False),
+        ):
+            with pytest.raises(bae.errors.ShapeError, match=r"a context \(B, 1\); got \((9|1), 2\)"):
+                call()

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -248,3 +249,45 @@ class TestErrors:
     def test_in_place_activations_in_residual_blocks(self):
         with pytest.raises(bae.errors.UnsupportedError, match="inplace=True"):
             nets.mlp(3, [2], 1, n_residual=1, activation=lambda: nn.ReLU(inplace=True))
+
+    def test_rows_with_channels_last(self):
+        torch.manual_seed(0)
+        encoder, x = nets.conv_encoder((3, 8, 8), 2), torch.rand(2, 3, 8, 8)
+        with pytest.raises(bae.errors.ShapeError, match=r"rows of shape \(3, 8, 8\), or flat; got \(8, 8, 3\)"):
+            encoder(x.movedim(1, -1))
+        assert_close(encoder(x.flatten(1)), encoder(x))
+        grey, x = nets.conv_encoder((1, 8, 6), 2), torch.rand(2, 1, 8, 6)
+        for same in (x[:, 0], x.movedim(1, -1), x.flatten(1)):
+            assert_close(grey(same), grey(x))
+        model = bae.Autoencoder(encoder, nets.conv_decoder(2, (3, 8, 8)), bae.likelihoods.Gaussian(0.3)).eval()
+        rows = torch.rand(2, 8, 8, 3)
+        mode = bae.fit_weights(bae.weights.Laplace(), model, rows.movedim(-1, 1), progress=False)
+        for call in (bae.Predictive(model, mode), bae.Predictive(model, mode).moments):
+            with pytest.raises(bae.errors.ShapeError, match=r"got \(8, 8, 3\). Put channels first"):
+                call(rows)
+
+    def test_normalisations_that_leave_nothing(self):
+        for make in (
+            lambda **k: nets.conv_encoder((1, 8, 8), 2, channels=(8, 8, 8), **k),
+            lambda **k: nets.conv_decoder(2, (1, 8, 8), channels=(8, 8, 8), **k),
+            lambda **k: nets.sequence_encoder(4, 8, 2, channels=(8, 8), **k),
+        ):
+            with pytest.raises(
+                bae.errors.DataError, match="numbers to normalise with norm='group'; got .*norm=\"layer\""
+            ):
+                make(norm="group")
+            make(norm="layer")
+        for width in (1, 2):
+            with pytest.raises(bae.errors.DataError, match=f"got {width}, of a layer of width {width}. Use wider"):
+                nets.mlp(3, [8, width], 3, norm="layer")
+
+    def test_sizes_of_numpy(self):
+        net = nets.mlp(np.int64(3), [np.int32(4)], np.int64(2), n_residual=np.uint8(1))
+        assert net(torch.rand(2, 3)).shape == (2, 2)
+        assert json.loads(json.dumps(net.recipe)) == nets.mlp(3, [4], 2, n_residual=1).recipe
+        net = nets.conv_encoder(np.zeros((1, 8, 8)).shape, np.int64(2), channels=[np.int64(4)])
+        assert str(nets.build(json.loads(json.dumps(net.recipe)))) == str(net)
+        assert nets.OneHot(np.int64(3))(torch.zeros(1, 1)).shape == (1, 3, 1)
+        for bad in (np.float64(3), np.True_, True, "3"):
+            with pytest.raises(bae.errors.DataError, match="whole numbers from 1 to 16777216 for n_in"):
+                nets.mlp(bad, [4], 2)

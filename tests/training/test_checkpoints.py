@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bayesae as bae
 from bayesae import encoding
-from bayesae.training.checkpoints import describe, digest
 from bayesae.training.evidence import Evidence
+from bayesae.training.identity import describe, digest
 from tests.conftest import small_model
 
 
@@ -317,7 +317,7 @@ class TestFiles:
         bae.fit_model(small_model(), rows, epochs=1, checkpoint=tmp_path / "run")
         with pytest.raises(bae.errors.FileError, match=r"encoder\.1\.weight \(6, 7\) torch.float64, now \(5, 7\)"):
             bae.fit_model(small_model(hidden=(5, 4)), rows, epochs=1, checkpoint=tmp_path / "run")
-        with pytest.raises(bae.errors.FileError, match="function fit_model, now fit_weights"):
+        with pytest.raises(bae.errors.FileError, match="function 'fit_model', now 'fit_weights'"):
             bae.fit_weights(bae.weights.MAP(), small_model(), rows, checkpoint=tmp_path / "run")
 
     def test_damaged_files_are_said_and_kept(self, rows, tmp_path):

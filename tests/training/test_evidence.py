@@ -148,6 +148,7 @@ class TestEmpiricalBayes:
         assert_close(precisions(model, prior)[0][0], precision[:-1], rtol=1e-5, atol=0)
         assert marginal.log_evidence(found) == pytest.approx(log_evidence, rel=1e-8)
 
+    @pytest.mark.slow
     def test_a_scale_for_every_output(self):
         model, batch = regression(per_output=True)
         precision, var, mode, log_evidence = empirical_bayes(batch, per_output=True)
@@ -247,6 +248,52 @@ class TestMaximiseEvidence:
         values = result.prior.precisions
         assert {v for n, v in values.items() if not n.startswith("decoder.5")} == {7.0}
         assert values["decoder.5.weight"] == values["decoder.5.bias"] == result.posterior.info["prior_precision"]
+
+    @pytest.mark.parametrize("structure", ["diagonal", "kronecker"])
+    def test_few_rows_with_a_scale_for_every_output(self, structure):
+        """Weights outnumber the rows of an output, and MacKay's steps alone take hundreds of passes."""
+        torch.manual_seed(0)
+        x = torch.randn(30, 2).double() @ torch.randn(2, 6).double() + 0.3 * torch.randn(30, 6).double()
+        nets = bae.nets.mlp(6, [16], 2).double(), bae.nets.mlp(2, [16], 6).double()
+        model = bae.Autoencoder(*nets, bae.likelihoods.Gaussian(per_output=True))
+        bae.fit_model(model, x, epochs=60, batch_size=30, learning_rate=2e-2, seed=1)
+        result = bae.maximise_evidence(model, x, laplace=Laplace(structure))
+        variance = result.posterior.output_variance(model.network, x)[1].detach().sum(0)
+        residual = ((model(x) - x) ** 2).detach().sum(0)
+        assert_close(result.noise_scale**2 * 30 - variance, residual, rtol=1e-6, atol=0)
+
+    def test_one_column_keeps_its_scale_in_a_tensor(self):
+        x = torch.randn(20, 1, generator=torch.Generator().manual_seed(0)).double()
+        nets = bae.nets.mlp(1, [2], 1).double(), bae.nets.mlp(1, [2], 1).double()
+        results = []
+        for per_output in (False, True):
+            model = bae.Autoencoder(*nets, bae.likelihoods.Gaussian(per_output=per_output))
+            results.append(bae.maximise_evidence(model, x, laplace=Laplace("dense")))
+            bae.Evidence(Laplace("dense")).update(model, x, results[-1].prior, n_data=20, batch_size=7)
+            assert torch.as_tensor(model.likelihood.scale).shape == ((1,) if per_output else ())
+        assert results[1].noise_scale.shape == (1,)
+        assert float(results[1].noise_scale) == pytest.approx(results[0].noise_scale, rel=1e-6)
+
+    def test_noise_that_it_does_not_tune_was_estimated(self, rows):
+        for likelihood, kwargs in (
+            (bae.likelihoods.StudentT(), {}),
+            (bae.likelihoods.Gaussian(), {"tunes_noise": False}),
+        ):
+            model = small_model(likelihood)
+            with pytest.raises(bae.errors.NotFittedError, match="estimate_noise"):
+                bae.maximise_evidence(model, rows, **kwargs)
+            bae.estimate_noise(model, rows)
+            result = bae.maximise_evidence(model, rows, **kwargs)
+            bae.Predictive(model, result.posterior).moments(rows)
+
+
+@pytest.mark.parametrize("per_output", [False, True])
+def test_an_update_tells_the_evidence_of_the_noise_it_leaves(per_output, rows):
+    model = small_model(bae.likelihoods.Gaussian(per_output=per_output))
+    bae.estimate_noise(model, rows)
+    prior, value = bae.Evidence().update(model, rows, bae.IsotropicNormal(), n_data=9, batch_size=4)
+    again = bae.fit_weights(Laplace("kronecker", tunes_prior=False), model, rows, weight_prior=prior)
+    assert value == pytest.approx(again.info["log_evidence"], rel=1e-9)
 
 
 def test_updates_are_due():

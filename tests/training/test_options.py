@@ -4,6 +4,7 @@ import math
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -186,3 +187,66 @@ class TestAutocast:
         full = fit(schedule="cosine", clip_norm=100.0)
         low = fit(schedule="cosine", clip_norm=100.0, autocast=torch.bfloat16)
         assert math.isfinite(low) and abs(low - full) < 0.03 * abs(full), (low, full)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("kwargs", "error", "words"),
+        [
+            ({"epochs": 2.5}, "DataError", "epochs of at least 1, whole; got .*2.5"),
+            ({"batch_size": 2.5}, "DataError", "batch_size of at least 1"),
+            ({"n_accumulate": 1.5}, "DataError", "n_accumulate of at least 1"),
+            ({"epochs": "3"}, "DataError", "epochs of at least 1"),
+            ({"patience": -1}, "DataError", "patience of at least 1"),
+            ({"patience": 1.5}, "DataError", "patience of at least 1, whole"),
+            ({"learning_rate": -1.0}, "DataError", "finite learning_rate of at least 0; got -1"),
+            ({"learning_rate": math.inf}, "DataError", "finite learning_rate"),
+            ({"learning_rate": "fast"}, "DataError", "finite learning_rate of at least 0; got 'fast'"),
+            ({"clip_norm": "a"}, "DataError", "positive clip_norm; got 'a'"),
+            ({"clip_norm": math.nan}, "DataError", "positive clip_norm"),
+            ({"schedule": lambda progress: "a"}, "DataError", "factors of at least 0; got 'a'"),
+            ({"schedule": ["cosine"]}, "UnsupportedError", "a schedule, one of"),
+            ({"weight_prior": 1.0}, "UnsupportedError", r"a weight prior, .*got 1\.0"),
+            ({"evidence": True}, "UnsupportedError", "evidence that tunes a prior; got True"),
+            ({"optimiser": "adam"}, "UnsupportedError", "a function as optimiser; got 'adam'"),
+            ({"objective": 3}, "UnsupportedError", "a function as objective"),
+        ],
+        ids=lambda v: str(list(v)) if isinstance(v, dict) else "",
+    )
+    def test_what_they_cannot_be(self, model, rows, kwargs, error, words):
+        with pytest.raises(getattr(bae.errors, error), match=words):
+            bae.fit_model(model, rows, **{"epochs": 2, "validation": rows} | kwargs)
+
+    def test_what_they_can_be(self, model, rows):
+        numbers = {"epochs": np.int64(2), "batch_size": torch.tensor(4), "learning_rate": np.float32(1e-3)}
+        history = bae.fit_model(model, rows, clip_norm=torch.tensor(1.0), schedule=lambda p: np.float64(0.5), **numbers)
+        assert len(history.train) == 2
+
+    def test_weights_too(self, model, rows):
+        with pytest.raises(bae.errors.UnsupportedError, match="a weight prior"):
+            bae.fit_weights(bae.weights.MAP(), model, rows, weight_prior=1.0)
+        with pytest.raises(bae.errors.DataError, match="batch_size of at least 1, whole"):
+            bae.fit_weights(bae.weights.MAP(), model, rows, batch_size=2.5)
+
+
+class TestNData:
+    def test_rows_that_are_a_sample_of_more(self, rows):
+        """The prior weighs 1 / N, and an epoch is still all rows: the rate follows those."""
+        optimiser, _ = recorded(
+            small_model(), rows, epochs=2, batch_size=3, n_data=90, schedule=lambda progress: 1 - progress
+        )
+        assert optimiser.rates == pytest.approx([0.1 * (1 - done / 18) for done in (0, 3, 6, 9, 12, 15)])
+
+    @pytest.mark.parametrize("n_data", [5, 90])
+    def test_several_passes_want_the_rows_of_one(self, model, rows, n_data):
+        seen = []
+
+        def objective(draws):
+            seen.append(1)
+            return bae.objectives.reconstruction(draws)
+
+        inference = bae.weights.Laplace(bae.weights.LowRank(3, n_passes=2))
+        with pytest.raises(bae.errors.DataError, match=f"each of the 2 passes.*n_data = {n_data} for 9 rows"):
+            bae.fit_weights(inference, model, rows, n_data=n_data, objective=objective)
+        assert not seen, "at once"
+        bae.fit_weights(bae.weights.Laplace("diagonal"), model, rows, n_data=90)

@@ -236,6 +236,34 @@ class TestTunedPrior:
             assert top == pytest.approx(brute + 0.5 * (14 * math.log(ratio) - (ratio - 1) * residual), rel=1e-9)
             assert all(marginal.log_evidence(best, noise, ratio * f) < top for f in (0.5, 0.99, 1.01, 2.0))
 
+    @pytest.mark.parametrize("n_data", [101, 100.5, 300, 1e6])
+    def test_hardly_any_numbers_left_to_the_noise(self, n_data):
+        """Curvatures that no rows could have (100 of 100 weights held): the maximum is there all the same."""
+        h = torch.logspace(-1, 6, 100, dtype=torch.float64)
+        theta = torch.linspace(-1, 2, 100, dtype=torch.float64)
+        groups = Groups.of("layer", bae.Subset({n: torch.ones(50, dtype=torch.bool) for n in ("a.w", "b.w")}))
+        marginal, noise = MarginalLikelihood(Eigenvalues(h), theta, 0.0), Noise(2.0, 1e-3, n_data)
+        best, ratio = marginal.maximise(groups, 1.0, noise)
+        effective = ratio * h / (ratio * h + best)
+        assert_close(groups.sum(effective), groups.sum(best * theta**2), rtol=1e-9, atol=0)
+        assert n_data - float(effective.sum()) == pytest.approx(ratio * 2e-3, rel=1e-8)
+        alone, same = marginal.maximise(None, best, noise)
+        assert alone is best
+        assert same == pytest.approx(ratio, rel=1e-9)
+        capped = dataclasses.replace(noise, highest=0.5 * ratio * 2.0)
+        assert marginal.maximise(groups, 1.0, capped)[1] == pytest.approx(0.5 * ratio, rel=1e-12)
+
+    def test_weights_that_outnumber_the_data_leave_little_to_the_noise(self):
+        """Of 400 weights 100 numbers hold nearly 100: the clamped step of 1% of the numbers never got there."""
+        h = torch.logspace(-1, 3, 400, dtype=torch.float64)
+        groups = Groups.of("all", bae.Subset({"w": torch.ones(400, dtype=torch.bool)}))
+        marginal, noise = MarginalLikelihood(Eigenvalues(h), torch.ones_like(h), 0.0), Noise(1.0, 1.0, 100)
+        best, ratio = marginal.maximise(groups, 1.0, noise)
+        n_effective = float((ratio * h / (ratio * h + best)).sum())
+        assert n_effective == pytest.approx(400 * best, rel=1e-9)
+        assert 1e-4 < 100 - n_effective < 1
+        assert 100 - n_effective == pytest.approx(ratio, rel=1e-8)
+
     @pytest.mark.parametrize("structure", ["diagonal", "dense"])
     def test_what_has_no_curvature_keeps_the_joints_precision(self, structure):
         model, rows = small_model(hidden=(3,)), torch.rand(9, 7).double()

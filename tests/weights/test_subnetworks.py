@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -144,6 +145,14 @@ class TestOtherRules:
         chosen = flat_mask(largest_magnitude(narrow.network, 9), p_of(narrow))
         sizes = flat(p_of(narrow)).abs()
         assert set(chosen.nonzero()[:, 0].tolist()) == set(sizes.topk(9).indices.tolist())
+
+    def test_numbers_of_numpy(self, narrow):
+        for n in (np.int64(5), torch.tensor(5)):
+            got, expected = (random_weights(narrow.network, count, seed=1) for count in (n, 5))
+            assert torch.equal(flat_mask(got, p_of(narrow)), flat_mask(expected, p_of(narrow)))
+        for bad in (5.0, np.float64(5), np.int64(10**6), "5"):
+            with pytest.raises(bae.errors.DataError, match="n_weights, a whole number of 0 to"):
+                random_weights(narrow.network, bad, seed=1)
 
     def test_random_weights_are_a_function_of_the_seed_and_nested(self, narrow):
         before = torch.get_rng_state()
