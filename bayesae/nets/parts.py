@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def plain_sizes(**sizes: object) -> list[Any]:
 def _whole(value: Any) -> int | None:  # noqa: ANN401 - anything a caller or a recipe gives
     """A whole number as Python's own; None if it is none, or a truth value."""
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         return None
 
