@@ -7,7 +7,7 @@ too wide is still exact, only dearer. Outputs whose boxes do not meet can share 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,7 +138,7 @@ def _one(value: int | Sequence[int], axis: int) -> int:
     return value if isinstance(value, int) else value[axis]
 
 
-def _upsampling(layer: nn.Upsample, n_in: int, n_out: int, axis: int):  # noqa: ANN202 - a function of two numbers
+def _upsampling(layer: nn.Upsample, n_in: int, n_out: int, axis: int) -> Callable[[int, int], tuple[int, int]]:
     given = layer.scale_factor
     factor = given[axis] if isinstance(given, tuple) else given
     if layer.mode in {"nearest", "nearest-exact"}:
