@@ -53,8 +53,12 @@ class Draws:
         log_prior: log p(z), (K, S, B).
         log_q: log q(z | x, theta), (K, S, B); None for a deterministic encoder.
         likelihood: The likelihood that turned outputs into densities.
-        kl: KL(q(z | x) || p(z)) in closed form where known, (S, B).
+        kl: KL(q(z | x) || p(z)) in G parts that add up, (S, B, G): in closed form for a Normal q (one part for each
+            independent group of code dimensions); of an autoregressive flow each dimension's mean over these draws;
+            None where only ``log_q - log_prior`` is known.
         outputs: Natural parameters, (K, S, B, \*O); None unless they were asked for.
+        is_path_gradient: Whether ``log_q`` passes no gradient to the parameters of q but through ``latents``.
+        penalty: What training subtracts from the objective of a row, nats, (S, B): a regulariser of q.
     """
 
     latents: Tensor
@@ -64,6 +68,8 @@ class Draws:
     likelihood: Likelihood
     kl: Tensor | None = None
     outputs: Tensor | None = None
+    is_path_gradient: bool = False
+    penalty: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -220,6 +226,6 @@ def _joined(pieces: Sequence[Record], axes: dict[str, int]) -> Record:
 
 
 _ROW_AXES = {
-    Draws: {"latents": 2, "log_likelihood": 2, "log_prior": 2, "log_q": 2, "kl": 1, "outputs": 2},
+    Draws: {"latents": 2, "log_likelihood": 2, "log_prior": 2, "log_q": 2, "kl": 1, "outputs": 2, "penalty": 1},
     Moments: {"mean": 0, "noise": 0, "code": 0, "weights": 0, "standard_error": 0},
 }

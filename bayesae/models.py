@@ -30,7 +30,9 @@ class Autoencoder(nn.Module):
     .. math:: z = e(x; \theta_e), \qquad p(x \mid z) = p(x \mid d(z; \theta_d)), \qquad p(z) = \mathcal{N}(0, I)
 
     Args:
-        encoder: Maps (B, \*data) to codes (B, Z).
+        encoder: Maps (B, \*data) to codes (B, Z); or to (B, Z, g), the g parameters of q(z | x) of each code
+            dimension, the location first (a log-scale second for `codes.amortised`). Such an encoder ends in
+            ``nn.Unflatten(1, (Z, g))``, as ``nets.mlp(784, [256], (Z, g))`` does, and e(x) is its location.
         decoder: Maps codes (B, Z) to outputs (B, \*O): as many numbers as a row of data has; another shape with
             the same number is fine (784 for 1 x 28 x 28).
         likelihood: Turns outputs into a distribution over data.
@@ -89,7 +91,10 @@ class Autoencoder(nn.Module):
     def network(self) -> nn.Module:
         """The module tree `inputs` -> outputs with this model's own parameters and names, for the curvature engine."""
         if not self.takes_context:
-            return nn.Sequential(OrderedDict(encoder=self.encoder, decoder=self.decoder))
+            parts = OrderedDict(encoder=self.encoder, decoder=self.decoder)
+            if _has_code_parameters(self.encoder):
+                parts = OrderedDict(encoder=self.encoder, location=_Location(), decoder=self.decoder)
+            return nn.Sequential(parts)
         assert self.data_shape is not None
         return _Packed(self.encoder, self.decoder, self.data_shape)
 
@@ -104,24 +109,26 @@ class Autoencoder(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Outputs (B, \*O) of the plain network at its own weights."""
         z = self.encoder(x, *_context_of(self.encoder, "encoder", context))
+        z = z[..., 0] if _has_code_parameters(self.encoder) else z
         return self.decoder(z, *_context_of(self.decoder, "decoder", context))
 
     def log_prior(self, latents: Tensor) -> Tensor:
         """Log p(z) under the standard Normal: (..., Z) to (...)."""
         return torch.distributions.Normal(0.0, 1.0, validate_args=False).log_prob(latents).sum(-1)
 
-    def at(self, params: Params) -> Bound:
+    def at(self, params: Params, *, is_fitting: bool = False) -> Bound:
         r"""The model at given weights; this module's own weights do not enter and are not touched.
 
         Args:
             params: Every parameter by name, leaves (S, \*shape).
+            is_fitting: Whether these weights are being fitted, so that codes draw fresh noise at every call.
 
         Returns:
             A bound model, whose codes and outputs have the axis S.
         """
         check_complete(params, self.network)
         check_is_evaluable(self)
-        return Bound(self, params)
+        return Bound(self, params, is_fitting=is_fitting)
 
     def live(self) -> Bound:
         """The model at its own weights, gradients and training mode included, S = 1: for training loops."""
@@ -134,18 +141,24 @@ class Bound:
     Args:
         model: The autoencoder.
         params: Leaves (S, \*shape), or None for the module's own weights.
+        is_fitting: Whether the weights are being fitted; of the module's own weights its training mode says so.
     """
 
-    def __init__(self, model: Autoencoder, params: Params | None) -> None:
-        self.model, self.params = model, params
+    def __init__(self, model: Autoencoder, params: Params | None, *, is_fitting: bool = False) -> None:
+        self.model, self.params, self._is_fitting = model, params, is_fitting
         self.likelihood = model.likelihood
 
     def log_prior(self, latents: Tensor) -> Tensor:
         """Log p(z), (..., Z) to (...)."""
         return self.model.log_prior(latents)
 
+    @property
+    def is_fitting(self) -> bool:
+        """Whether weights are being fitted: noise of codes is then fresh at every call, and regularisers act."""
+        return self.model.training if self.params is None else self._is_fitting
+
     def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        r"""Encoder outputs, (B, \*data) to (S, B, Z).
+        r"""Codes: the encoder's outputs, or their location where it gives parameters, (B, \*data) to (S, B, Z).
 
         Args:
             x: A batch of data.
@@ -155,17 +168,33 @@ class Bound:
             Codes.
 
         Raises:
-            ShapeError: If the network does not give one vector a row.
+            ShapeError: If the network does not give one vector, or one of parameters a code dimension, a row.
             DataError: If the encoder takes a context and there is none.
         """
+        return self.encode_parameters(x, context)[..., 0]
+
+    def encode_parameters(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""Parameters of q(z | x) for each code dimension, (B, \*data) to (S, B, Z, g); g = 1 of a plain encoder.
+
+        Args:
+            x: As for `encode`.
+            context: As for `encode`.
+
+        Returns:
+            Parameters, the location first.
+
+        Raises:
+            ShapeError: As for `encode`.
+            DataError: As for `encode`.
+        """
         codes = self._map("encoder", x, context, x_has_draws=False)
-        if codes.dim() != 3 or codes.shape[1] != len(x):
+        if codes.dim() != (4 if _has_code_parameters(self.model.encoder) else 3) or codes.shape[1] != len(x):
             raise ShapeError(
-                f"codes of shape (B, Z) with B = {len(x)}",
+                f"codes of shape (B, Z), or parameters (B, Z, g), with B = {len(x)}",
                 f"{tuple(codes.shape[1:])} from the encoder",
-                "End the encoder in nn.Flatten() or a linear layer.",
+                "End the encoder in nn.Flatten(), a linear layer, or nn.Unflatten(1, (Z, g)).",
             )
-        return codes
+        return codes if codes.dim() == 4 else codes[..., None]
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         r"""Decoder outputs, (..., S, B, Z) to (..., S, B, \*O), for a context (B, ...) where the decoder takes one."""
@@ -217,6 +246,26 @@ def _context_of(module: nn.Module, name: str, context: Tensor | None) -> tuple[T
     return (context,)
 
 
+def _has_code_parameters(encoder: nn.Module) -> bool:
+    """Whether an encoder ends in the axis of the parameters of q(z | x)."""
+    last = encoder
+    while isinstance(inner := last[-1] if isinstance(last, nn.Sequential) and len(last) else _net_of(last), nn.Module):
+        last = inner
+    return isinstance(last, nn.Unflatten) and len(last.unflattened_size) == 2
+
+
+def _net_of(module: nn.Module) -> nn.Module | None:
+    """The network inside a `nets.Conditional`."""
+    return getattr(module, "net", None) if getattr(module, "takes_context", False) else None
+
+
+class _Location(nn.Module):
+    """Parameters (B, Z, g) to codes (B, Z)."""
+
+    def forward(self, parameters: Tensor) -> Tensor:
+        return parameters[..., 0]
+
+
 class _Packed(nn.Module):
     """Networks that take a context as a function of one tensor: x and its context, flat, side by side."""
 
@@ -225,11 +274,13 @@ class _Packed(nn.Module):
         self.encoder, self.decoder, self.data_shape = encoder, decoder, data_shape
         # not named as the networks' own attribute: this one takes a single tensor
         self.is_given_context = [getattr(module, "takes_context", False) for module in (encoder, decoder)]
+        self.has_code_parameters = _has_code_parameters(encoder)
 
     def forward(self, packed: Tensor) -> Tensor:
         size = math.prod(self.data_shape)
         x, context = packed[:, :size].unflatten(1, self.data_shape), packed[:, size:]
         z = self.encoder(x, context) if self.is_given_context[0] else self.encoder(x)
+        z = z[..., 0] if self.has_code_parameters else z
         return self.decoder(z, context) if self.is_given_context[1] else self.decoder(z)
 
 

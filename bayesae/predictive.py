@@ -250,16 +250,16 @@ class Predictive:
             return self._codes(self.model.at(params), batch, n_latent_draws=n_latent_draws)
         mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
 
-        def run(weights: Params) -> tuple[Tensor, Tensor]:
+        def run(weights: Params) -> tuple[Tensor, ...]:
+            # the noise of a stochastic code is keyed on the row, so that the code moves with theta alone
             draws = self._codes(self.model.at(weights), batch, n_latent_draws=n_latent_draws)
-            if draws.log_q is not None or draws.outputs is None:
-                raise UnsupportedError("a deterministic code", "a stochastic one", "Use linearised=False.")
-            return draws.latents, draws.outputs
+            assert draws.outputs is not None
+            return (draws.latents, draws.outputs) + (() if draws.log_q is None else (draws.log_q,))
 
-        latents, outputs = (part.squeeze(2).transpose(0, 1) for part in _linearise(run, mean, params))
+        latents, outputs, *rest = (part.squeeze(2).transpose(0, 1) for part in _linearise(run, mean, params))
         log_likelihood = score_outputs(self.model.likelihood, outputs, batch)
-        log_prior = self.model.log_prior(latents)
-        return Draws(latents, log_likelihood, log_prior, None, self.model.likelihood, outputs=outputs)
+        log_prior, log_q = self.model.log_prior(latents), rest[0] if rest else None
+        return Draws(latents, log_likelihood, log_prior, log_q, self.model.likelihood, outputs=outputs)
 
     def _closed_form(self, rows: Batch, chunk_size: int | None) -> Moments | None:
         """Moments without a draw; None where the likelihood needs more than the outputs' variances."""
@@ -331,7 +331,8 @@ def _linearise(run: Callable[[Params], tuple[Tensor, ...]], mean: Params, params
         return tuple(v + s for v, s in zip(value, slope, strict=True))
 
     shifts = {name: (params[name] - leaf)[:, None] for name, leaf in mean.items()}
-    return torch.func.vmap(one)(shifts)
+    # what is random in there is keyed on the row, and no draw of the weights is to have its own
+    return torch.func.vmap(one, randomness="same")(shifts)
 
 
 def _chunk(chunk_size: int | None) -> int:

@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesae import objectives, random
-from bayesae.codes import CodePosterior, encode
+from bayesae.codes import CodePosterior, encode, modules_of
 from bayesae.data import Data, batches, check_counts, count_rows
-from bayesae.draws import Draws
 from bayesae.errors import DataError, ParameterError, UnsupportedError
 from bayesae.joint import IsotropicNormal
 from bayesae.likelihoods import Gaussian
 from bayesae.models import Autoencoder
+from bayesae.objectives.base import Objective
 from bayesae.training.checkpoints import CheckpointFile
 from bayesae.training.identity import describe, describe_data, describe_model
 from bayesae.training.loop import Loop
 from bayesae.training.noise import learns_noise, noise_pass
-from bayesae.training.options import Schedule, Stepper, as_number, check_callable, check_prior
+from bayesae.training.options import Schedule, Stepper, as_number, check_callable, check_prior, climbed
 from bayesae.types import WeightPrior
 
 __all__ = ["History", "PriorTuning", "fit_model"]
@@ -76,17 +76,19 @@ class _Run:
 
     Args:
         model: In training.
-        optimiser: Of its parameters.
+        flows: Networks that the code posterior brings along, in training too.
+        optimiser: Of their parameters.
         loop: Where the run stands.
         prior: p(theta) at present.
         tunes_prior: Whether the prior changes, so that checkpoints must hold it.
         history: So far.
         total: Sum over the rows of this epoch of their objective, nats.
-        best: State of the model in the best epoch, where training may stop early.
+        best: States of model and flows in the best epoch, where training may stop early.
         is_stopped: Whether it did.
     """
 
     model: Autoencoder
+    flows: nn.ModuleList
     optimiser: torch.optim.Optimizer
     loop: Loop
     prior: WeightPrior
@@ -102,6 +104,7 @@ class _Run:
         return {
             "loop": self.loop.pack(),
             "model": self.model.state_dict(),
+            "flows": self.flows.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "prior": self.prior if self.tunes_prior else None,
             "kept_prior": self.history.weight_prior if self.tunes_prior else None,
@@ -114,6 +117,7 @@ class _Run:
     def unpack(self, packed: dict[str, Any]) -> None:
         """Go on from a packed run."""
         self.model.load_state_dict(packed["model"])
+        self.flows.load_state_dict(packed["flows"])
         self.optimiser.load_state_dict(packed["optimiser"])
         for name in _RECORDS:
             setattr(self.history, name, packed["history"][name])
@@ -129,7 +133,8 @@ class _Run:
         values = self.history.validation
         if patience is None or values[-1] > max(values[:-1], default=-math.inf):
             self.history.best_epoch, self.history.weight_prior = self.loop.epoch, self.prior
-            self.best = None if patience is None else copy.deepcopy(self.model.state_dict())
+            state = {"model": self.model.state_dict(), "flows": self.flows.state_dict()}
+            self.best = None if patience is None else copy.deepcopy(state)
         elif self.loop.epoch - self.history.best_epoch >= patience:
             self.is_stopped = True
 
@@ -144,8 +149,9 @@ def fit_model(
     epochs: int = 20,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
-    objective: Callable[[Draws], Tensor] = objectives.reconstruction,
+    objective: Objective = objectives.reconstruction,
     codes: CodePosterior = encode,
+    n_latent_draws: int = 1,
     weight_prior: WeightPrior | None = None,
     validation: Data | None = None,
     patience: int | None = None,
@@ -183,8 +189,9 @@ def fit_model(
         epochs: Passes over the data, at most.
         batch_size: Rows a batch.
         learning_rate: Of Adam, the default ``optimiser``.
-        objective: Reduction of draws to (S, B), larger is better.
-        codes: How codes are drawn.
+        objective: Reduction of draws to (S, B), larger is better: `objectives.elbo` for a stochastic code.
+        codes: How codes are drawn: `codes.amortised` for a VAE. Networks that it brings along (flows) are trained too.
+        n_latent_draws: K, draws of the code for every row and step.
         weight_prior: p(theta); N(0, I) if None.
         validation: Held-out rows, for the noise and for stopping early; a pass over them must end.
         patience: Stop after this many epochs without a better validation objective and go back to the best
@@ -228,7 +235,7 @@ def fit_model(
     """
     if patience is not None and validation is None:
         raise UnsupportedError("validation data for early stopping", "patience alone", "Give validation=.")
-    check_counts(epochs=epochs, batch_size=batch_size, n_accumulate=n_accumulate)
+    check_counts(epochs=epochs, batch_size=batch_size, n_accumulate=n_accumulate, n_latent_draws=n_latent_draws)
     check_counts(**({} if patience is None else {"patience": patience}))
     check_callable(objective=objective, codes=codes, optimiser=optimiser)
     check_prior(weight_prior)
@@ -236,12 +243,13 @@ def fit_model(
         raise UnsupportedError("evidence that tunes a prior", repr(evidence), "bae.Evidence() is one.")
     if not 0 <= as_number(learning_rate) < math.inf:
         raise DataError("a finite learning_rate of at least 0", repr(learning_rate), "1e-3 is the default.")
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flows = modules_of(codes)
+    trainable = [leaf for leaf in [*model.parameters(), *flows.parameters()] if leaf.requires_grad]
     if not trainable:
         raise ParameterError("a parameter to train", "a model with all of them frozen", "Set requires_grad.")
     n_rows = count_rows(data, n_data)
     steps = torch.optim.Adam(trainable, lr=learning_rate) if optimiser is None else optimiser(trainable)
-    stepper = Stepper(model, steps, objective, codes, n_rows, schedule, clip_norm, autocast)
+    stepper = Stepper(model, steps, objective, codes, n_latent_draws, n_rows, schedule, clip_norm, autocast)
     arguments: dict[str, str] = {}
     if checkpoint is not None:  # checksums take a pass over the data
         words = {
@@ -250,6 +258,7 @@ def fit_model(
             "learning_rate": learning_rate,
             "objective": objective,
             "codes": codes,
+            "n_latent_draws": n_latent_draws,
             "weight_prior": weight_prior,
             "patience": patience,
             "schedule": schedule,
@@ -267,13 +276,13 @@ def fit_model(
     prior = IsotropicNormal() if weight_prior is None else weight_prior
     drawing = {"objective": objective, "codes": codes, "schedule": schedule, "validation": validation, "model": model}
     loop = Loop(data, model.reference, batch_size, n_rows, n_accumulate, **drawing)
-    run = _Run(model, steps, loop, prior, tunes_prior=evidence is not None)
+    run = _Run(model, flows, steps, loop, prior, tunes_prior=evidence is not None)
 
     def estimate() -> None:
         is_by_evidence = evidence is not None and evidence.tunes_noise and isinstance(model.likelihood, Gaussian)
         if learns_noise(model) and not (is_by_evidence and run.history.log_evidence):
             rows, n = (data, n_rows) if validation is None else (validation, None)
-            noise_pass(model, rows, codes, n)
+            noise_pass(model, rows, codes, n, objective=objective, n_latent_draws=n_latent_draws)
 
     try:
         with random.scope(seed, model.reference.device):
@@ -304,7 +313,8 @@ def fit_model(
                     run.history.log_evidence.append(value)
                 run.history.train.append(run.total / loop.n_seen)
                 if validation is not None:
-                    run.history.validation.append(_mean_objective(model, validation, objective, codes))
+                    value = _mean_objective(model, validation, objective, codes, n_latent_draws)
+                    run.history.validation.append(value)
                 run.keep(patience)
                 run.total = 0.0
                 loop.end_epoch()
@@ -313,7 +323,8 @@ def fit_model(
                 bar.update()
             bar.close()
             if run.best is not None:
-                model.load_state_dict(run.best)
+                model.load_state_dict(run.best["model"])
+                flows.load_state_dict(run.best["flows"])
     finally:
         model.eval()
     return run.history
@@ -321,11 +332,12 @@ def fit_model(
 
 @torch.no_grad()
 def _mean_objective(
-    model: Autoencoder, data: Data, objective: Callable[[Draws], Tensor], codes: CodePosterior
+    model: Autoencoder, data: Data, objective: Objective, codes: CodePosterior, n_latent_draws: int
 ) -> float:
     total, count = 0.0, 0
     for batch in batches(data, model.reference, batch_size=1024, is_shuffled=False):
         model.likelihood.check(batch.explained)
-        total += float(objective(codes(model.live(), batch)).double().sum())
+        draws = codes(model.live(), batch, n_latent_draws=n_latent_draws)
+        total += float(climbed(objective, draws)["decoder"].double().sum())
         count += len(batch.x)
     return total / count

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bayesae.codes import CodePosterior
+from bayesae.codes import CodePosterior, modules_of
 from bayesae.draws import Draws
 from bayesae.errors import DataError, NonFiniteError, UnsupportedError
 from bayesae.models import Autoencoder, Bound
+from bayesae.objectives.base import Objective, at_progress
 from bayesae.types import Batch, WeightPrior
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "as_number",
     "check_callable",
     "check_prior",
+    "climbed",
     "constant",
     "cosine",
     "one_cycle",
@@ -54,6 +56,22 @@ def check_prior(weight_prior: object) -> None:
     if weight_prior is not None and not callable(getattr(weight_prior, "log_prob", None)):
         expected, fix = "a weight prior, with log_prob(params)", "IsotropicNormal(precision) makes one of a number."
         raise UnsupportedError(expected, repr(weight_prior), fix)
+
+
+def climbed(objective: Objective, draws: Draws) -> dict[str, Tensor]:
+    """What is climbed: the objective less the draws' penalty, by group of parameters.
+
+    Args:
+        objective: Reduction of draws.
+        draws: The draws.
+
+    Returns:
+        (S, B) for "decoder" (the value that is reported) and, where it is another one, for "encoder".
+    """
+    values = objective(draws)
+    grouped: Mapping[Any, Tensor] = {"decoder": values} if isinstance(values, Tensor) else values
+    penalty = 0.0 if draws.penalty is None else draws.penalty
+    return {name: value - penalty for name, value in grouped.items()}
 
 
 def as_number(value: object) -> float:
@@ -114,10 +132,10 @@ class _LowPrecision(Bound):
         super().__init__(model, None)
         self.dtype = dtype
 
-    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def encode_parameters(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         with torch.autocast(x.device.type, self.dtype):
-            codes = super().encode(x, context)
-        return codes.to(self.model.reference.dtype)
+            parameters = super().encode_parameters(x, context)
+        return parameters.to(self.model.reference.dtype)
 
     def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         with torch.autocast(z.device.type, self.dtype):
@@ -135,8 +153,10 @@ class Stepper:
     Args:
         model: Trained in place.
         optimiser: Holds the trainable parameters.
-        objective: Reduction of draws to (S, B).
+        objective: Reduction of draws to (S, B), or to one for the decoder and one for the encoder and the codes' own
+            networks, which then follow the gradients of one set of draws.
         codes: How codes are drawn.
+        n_latent_draws: K.
         n_data: N.
         schedule: Factor of the learning rates that the optimiser came with.
         clip_norm: Largest Euclidean norm of the gradient of all parameters; None leaves it.
@@ -149,8 +169,9 @@ class Stepper:
 
     model: Autoencoder
     optimiser: torch.optim.Optimizer
-    objective: Callable[[Draws], Tensor]
+    objective: Objective
     codes: CodePosterior
+    n_latent_draws: int
     n_data: int
     schedule: Schedule
     clip_norm: float | None
@@ -188,24 +209,42 @@ class Stepper:
         self._set_rates(progress)
         self.optimiser.zero_grad(set_to_none=True)
         n_rows = sum(len(batch.x) for batch in batches)
+        objective = at_progress(self.objective, progress)
         values = []
         for at, batch in enumerate(batches):
             self.model.likelihood.check(batch.explained)
-            value = self.objective(self.codes(self._live(), batch)).mean()
-            loss = -value * (len(batch.x) / n_rows)
+            draws = self.codes(self._live(), batch, n_latent_draws=self.n_latent_draws)
+            means = {name: value.mean() for name, value in climbed(objective, draws).items()}
+            losses = {name: -value * (len(batch.x) / n_rows) for name, value in means.items()}
             if at == 0:
                 params = {name: leaf[None] for name, leaf in self.model.network.named_parameters()}
-                loss = loss - prior.log_prob(params).squeeze(0) / self.n_data
-            if not bool(torch.isfinite(loss)):
+                log_prior = prior.log_prob(params).squeeze(0) / self.n_data
+                # a prior has one term a parameter, and each group takes the gradient of its own parameters
+                losses = {name: loss - log_prior for name, loss in losses.items()}
+            value = means["decoder"].detach()
+            if not all(bool(torch.isfinite(loss)) for loss in losses.values()):
                 fix = "Lower learning_rate, or scale the data to about [0, 1]."
-                raise NonFiniteError("a finite objective", f"{float(value.detach())}", fix)
-            loss.backward()
-            values.append(float(value.detach()))
+                raise NonFiniteError("a finite objective", f"{float(value)}", fix)
+            self._backward(losses)
+            values.append(float(value))
         if self.clip_norm is not None:
             parameters = [leaf for group in self.optimiser.param_groups for leaf in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         self.optimiser.step()
         return values
+
+    def _backward(self, losses: dict[str, Tensor]) -> None:
+        """Add gradients: of one loss to all parameters, of two to those that each is for."""
+        if len(losses) == 1:
+            losses["decoder"].backward()
+            return
+        inference = [*self.model.encoder.parameters(), *modules_of(self.codes).parameters()]
+        known = {id(leaf) for leaf in inference}
+        others = [leaf for group in self.optimiser.param_groups for leaf in group["params"] if id(leaf) not in known]
+        for name, leaves in (("decoder", others), ("encoder", inference)):
+            leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            if leaves:
+                losses[name].backward(inputs=leaves, retain_graph=name == "decoder")
 
     def _live(self) -> Bound:
         return self.model.live() if self.autocast is None else _LowPrecision(self.model, self.autocast)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +13,15 @@ from tqdm import tqdm
 from bayesae import objectives, random
 from bayesae.codes import CodePosterior, encode
 from bayesae.data import Data, check_counts, count_rows
-from bayesae.draws import Draws
-from bayesae.errors import DataError
+from bayesae.errors import DataError, UnsupportedError
 from bayesae.functional import check_finite, check_is_evaluable, parameters_of
 from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.models import Autoencoder
+from bayesae.objectives.base import Objective
 from bayesae.training.checkpoints import CheckpointFile
 from bayesae.training.identity import describe, describe_data, describe_model, digest
 from bayesae.training.loop import Loop, rows_of_pass
-from bayesae.training.options import check_callable, check_prior
+from bayesae.training.options import check_callable, check_prior, climbed
 from bayesae.types import Batch, Params, WeightPosterior, WeightPrior
 from bayesae.weights import WeightInference
 from bayesae.weights.laplace import Laplace
@@ -35,19 +34,26 @@ class _RowDensity:
     """log p(x | theta) of each row: an objective of a model's codes; a class, so that a joint pickles."""
 
     model: Autoencoder
-    objective: Callable[[Draws], Tensor]
+    objective: Objective
     codes: CodePosterior
+    n_latent_draws: int
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
-        return self.objective(self.codes(self.model.at(params), batch))
+        bound = self.model.at(params, is_fitting=True)
+        values = climbed(self.objective, self.codes(bound, batch, n_latent_draws=self.n_latent_draws))
+        if len(values) > 1:
+            fix = "Fit weights under the decoder's bound alone, such as objectives.iwae."
+            raise UnsupportedError("an objective that is one number a row", f"{len(values)} bounds", fix)
+        return values["decoder"]
 
 
 def log_joint(
     model: Autoencoder,
     n_data: int,
     *,
-    objective: Callable[[Draws], Tensor] = objectives.reconstruction,
+    objective: Objective = objectives.reconstruction,
     codes: CodePosterior = encode,
+    n_latent_draws: int = 1,
     weight_prior: WeightPrior | None = None,
     temperature: float = 1.0,
 ) -> LogJoint:
@@ -58,6 +64,7 @@ def log_joint(
         n_data: N, rows in the data set.
         objective: Log-density of a row as a reduction of draws to (S, B).
         codes: How codes are drawn.
+        n_latent_draws: K.
         weight_prior: p(theta); N(0, I) if None.
         temperature: Divides the log-joint.
 
@@ -70,7 +77,7 @@ def log_joint(
     return LogJoint(
         model.network,
         model.likelihood,
-        _RowDensity(model, objective, codes),
+        _RowDensity(model, objective, codes, n_latent_draws),
         prior,
         n_data,
         temperature,
@@ -85,8 +92,9 @@ def fit_weights(
     data: Data,
     *,
     batch_size: int = 128,
-    objective: Callable[[Draws], Tensor] = objectives.reconstruction,
+    objective: Objective = objectives.reconstruction,
     codes: CodePosterior = encode,
+    n_latent_draws: int = 1,
     weight_prior: WeightPrior | None = None,
     temperature: float = 1.0,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -109,7 +117,8 @@ def fit_weights(
         data: x alone, (N, \*data); a pass over a stream is ``n_data`` rows from its start.
         batch_size: Rows a step.
         objective: As for `fit_model`.
-        codes: As for `fit_model`.
+        codes: As for `fit_model`; networks that it brings along (flows) are held as they are.
+        n_latent_draws: As for `fit_model`.
         weight_prior: p(theta); N(0, I) if None. Methods that tune it, `weights.Laplace` by default, say so.
         temperature: Divides the log-joint; 1 is Bayes.
         checkpoint: A file that holds the run: replaced in one move at the start, after every pass, and every
@@ -133,7 +142,7 @@ def fit_weights(
         NonFiniteError: If weights, the log-joint or the data that the method reads are not finite.
         FileError: If the checkpoint is damaged, or of a run with other arguments, data or weights.
     """
-    check_counts(batch_size=batch_size)
+    check_counts(batch_size=batch_size, n_latent_draws=n_latent_draws)
     check_callable(objective=objective, codes=codes)
     n_data = count_rows(data, n_data)
     if isinstance(inference, Laplace) and inference.epochs > 1 and rows_of_pass(data, n_data) != n_data:
@@ -144,7 +153,13 @@ def fit_weights(
     params = parameters_of(frozen.network)
     check_finite(params, "weights of the model", "Did fit_model diverge?")
     joint = log_joint(
-        frozen, n_data, objective=objective, codes=codes, weight_prior=weight_prior, temperature=temperature
+        frozen,
+        n_data,
+        objective=objective,
+        codes=codes,
+        n_latent_draws=n_latent_draws,
+        weight_prior=weight_prior,
+        temperature=temperature,
     )
     arguments: dict[str, str] = {}
     if checkpoint is not None:  # checksums take a pass over the data
@@ -154,6 +169,7 @@ def fit_weights(
             "batch_size": batch_size,
             "objective": objective,
             "codes": codes,
+            "n_latent_draws": n_latent_draws,
             "weight_prior": weight_prior,
             "temperature": temperature,
             "n_data": n_data,

@@ -1,4 +1,4 @@
-"""Objectives: reductions of `Draws` to (S, B), larger is better."""
+"""The objective of a plain autoencoder."""
 
 from __future__ import annotations
 
