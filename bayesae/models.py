@@ -206,6 +206,16 @@ class Bound:
         shape = outputs.shape[2:]
         return outputs.unflatten(1, (-1, n_rows)).transpose(0, 1).reshape(*lead, n_weight_draws, n_rows, *shape)
 
+    def decoder_module(self) -> tuple[nn.Module, Params]:
+        r"""The decoder and its weights, by its own names, leaves (S, \*shape): for derivatives in the code."""
+        if self.params is None:
+            return self.model.decoder, {name: leaf[None] for name, leaf in self.model.decoder.named_parameters()}
+        return self.model.decoder, self._own("decoder")
+
+    def _own(self, name: str) -> Params:
+        assert self.params is not None
+        return {key[len(name) + 1 :]: leaf for key, leaf in self.params.items() if key.startswith(f"{name}.")}
+
     def _map(
         self, name: Literal["encoder", "decoder"], x: Tensor, context: Tensor | None, *, x_has_draws: bool
     ) -> Tensor:
@@ -214,8 +224,7 @@ class Bound:
         try:
             if self.params is None:
                 return module(x[0] if x_has_draws else x, *shared)[None]
-            start = len(name) + 1
-            own = {key[start:]: leaf for key, leaf in self.params.items() if key.startswith(f"{name}.")}
+            own = self._own(name)
             if module not in _RUN_IN_A_LOOP:
                 try:
                     return map_over_draws(module, own, x, x_has_draws, use_vmap=True, shared=shared)

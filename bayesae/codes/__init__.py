@@ -2,20 +2,33 @@
 
 from bayesae.codes.amortised import Amortised, amortised
 from bayesae.codes.base import CodeModel, CodePosterior, HasLaw, draws_of, law_of, modules_of
+from bayesae.codes.divergence import kl_between
 from bayesae.codes.encode import encode
-from bayesae.codes.laws import DiagonalLaw, Law, TriangularLaw
+from bayesae.codes.gradients import NormalGradients, normal_gradients
+from bayesae.codes.laplace import Laplace
+from bayesae.codes.laws import DiagonalLaw, Law, RankOneLaw, TriangularLaw
+from bayesae.codes.refined import Refined
+from bayesae.codes.wrappers import Consistent, Perturbed
 
 __all__ = [
     "Amortised",
     "CodeModel",
     "CodePosterior",
+    "Consistent",
     "DiagonalLaw",
     "HasLaw",
+    "Laplace",
     "Law",
+    "NormalGradients",
+    "Perturbed",
+    "RankOneLaw",
+    "Refined",
     "TriangularLaw",
     "amortised",
     "draws_of",
     "encode",
+    "kl_between",
     "law_of",
     "modules_of",
+    "normal_gradients",
 ]

@@ -14,7 +14,7 @@ from bayesae.codes.laws import Law
 from bayesae.draws import Draws
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.random import row_normal
-from bayesae.types import Batch, Likelihood
+from bayesae.types import Batch, Likelihood, Params
 
 __all__ = ["CodeModel", "CodePosterior", "HasLaw", "draws_of", "law_of", "modules_of", "noise", "score_outputs"]
 
@@ -43,6 +43,10 @@ class CodeModel(Protocol):
 
     def log_prior(self, latents: Tensor) -> Tensor:
         """(..., Z) to (...)."""
+        ...
+
+    def decoder_module(self) -> tuple[nn.Module, Params]:
+        r"""The decoder and its weights, by its own names, leaves (S, \*shape)."""
         ...
 
 
