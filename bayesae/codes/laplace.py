@@ -44,8 +44,8 @@ class Laplace:
     Exact when: the decoder is linear and its noise Gaussian, after one "newton" or "line_search" step.
     Biased when: as any Normal, where the posterior is none; it may be too wide or too narrow, unlike a variational
         one. ReLU kinks are not seen.
-    Cost: T + 1 pushes of Z tangents through the decoder, and T + 1 factorisations (Z, Z) a row, in float64; "line_search"
-        five passes through the decoder a step more, without gradients.
+    Cost: T + 1 pushes of Z tangents through the decoder, and T + 1 factorisations (Z, Z) a row, in float64;
+        "line_search" five passes through the decoder a step more, without gradients.
 
     Raises:
         UnsupportedError: If the step is unknown.
@@ -111,7 +111,7 @@ def _factor(curvature: Tensor) -> Tensor:
     rounding = 4 * torch.finfo(curvature.dtype).eps * wide.diagonal(dim1=-2, dim2=-1).sum(-1)
     try:
         return torch.linalg.cholesky(wide + torch.diag_embed((1 + rounding)[..., None].expand(wide.shape[:-1])))
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         fix = "Lower the learning rate; are codes or inputs far outside the training range?"
         raise NonFiniteError("a positive definite precision of the code", str(error), fix) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Local:
             return torch.func.jvp(decode, (z,), (direction.expand_as(z),))  # pyright: ignore[reportReturnType]
 
         eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-        return torch.func.vmap(column, out_dims=(None, 2))(eye)  # pyright: ignore[reportReturnType]
+        return torch.func.vmap(column, out_dims=(None, 2))(eye)  # pyright: ignore[reportArgumentType]
 
 
 Layer = tuple[str, nn.Module]
@@ -110,12 +111,12 @@ def _chain(decoder: nn.Module) -> Chain | None:
     if type(decoder) is not nn.Sequential or any(module._forward_hooks for module in decoder.modules()):
         return None
     layers = [(name, layer) for name, layer in decoder.named_children() if type(layer) not in _SAME]
-    shape: tuple[int, ...] | None = None
-    if layers and type(layers[-1][1]) is nn.Unflatten:
-        _, unflatten = layers.pop()
-        sizes = unflatten.unflattened_size
-        shape = tuple(sizes) if unflatten.dim == 1 and all(isinstance(n, int) and n > 0 for n in sizes) else None
-        if shape is None:
+    sizes: tuple[Any, ...] = ()
+    if layers and isinstance(unflatten := layers[-1][1], nn.Unflatten):
+        layers.pop()
+        given: Any = unflatten.unflattened_size
+        sizes = tuple(given)
+        if unflatten.dim != 1 or not all(isinstance(n, int) and n > 0 for n in sizes):
             return None
     if not layers or not isinstance(layers[0][1], nn.Linear) or not isinstance(layers[-1][1], nn.Linear):
         return None
@@ -123,7 +124,7 @@ def _chain(decoder: nn.Module) -> Chain | None:
     if any(type(layer) not in known for _, layer in layers):
         return None
     *before, (last, linear) = layers
-    return before, last, (linear.out_features,) if shape is None else shape
+    return before, last, sizes or (linear.out_features,)
 
 
 def _weights(params: Params, name: str) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The Laplace code posterior: exact for linear decoders, its expansions against brute force, gradients through steps."""
+"""The Laplace code posterior: exact for linear decoders, expansions against brute force, gradients through steps."""
 
 from __future__ import annotations
 
