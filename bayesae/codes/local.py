@@ -118,13 +118,12 @@ def _chain(decoder: nn.Module) -> Chain | None:
         sizes = tuple(given)
         if unflatten.dim != 1 or not all(isinstance(n, int) and n > 0 for n in sizes):
             return None
-    if not layers or not isinstance(layers[0][1], nn.Linear) or not isinstance(layers[-1][1], nn.Linear):
+    if not layers or not isinstance(layers[0][1], nn.Linear) or not isinstance(linear := layers[-1][1], nn.Linear):
         return None
     known = (nn.Linear, *(layer for layer in ELEMENTWISE if layer is not nn.RReLU))
     if any(type(layer) not in known for _, layer in layers):
         return None
-    *before, (last, linear) = layers
-    return before, last, sizes or (linear.out_features,)
+    return layers[:-1], layers[-1][0], sizes or (linear.out_features,)
 
 
 def _weights(params: Params, name: str) -> tuple[Tensor, Tensor | None]:
