@@ -12,6 +12,7 @@ from bayesae import random
 from bayesae.codes import CodePosterior, amortised, modules_of
 from bayesae.data import Data, as_rows, check_counts
 from bayesae.errors import ParameterError, UnsupportedError
+from bayesae.evaluation.sums import RunningMean
 from bayesae.functional import check_finite, parameters_of
 from bayesae.models import Autoencoder
 from bayesae.objectives.base import Objective, climbed
@@ -113,12 +114,14 @@ def gradient_snr(
         raise UnsupportedError("at least two repeats", "one", "A variance needs two; 1000 is the default.")
     rows = as_rows(data, model.reference)
     model.likelihood.check(rows.explained)
-    moments = _Moments()
+    found: dict[str, RunningMean] = {}
     with random.scope(seed, rows.x.device), torch.enable_grad():
         for gradients in _gradients(model, rows, objective, codes, n_latent_draws, n_repeats):
-            moments.add(gradients)
-    check_finite(moments.mean, "gradients", "Are the inputs far outside the training range?")
-    return GradientSNR(moments.mean, moments.variance(), n_repeats)
+            for name, values in gradients.items():
+                found.setdefault(name, RunningMean()).add(values)
+    mean = {name: one.mean for name, one in found.items()}
+    check_finite(mean, "gradients", "Are the inputs far outside the training range?")
+    return GradientSNR(mean, {name: one.squares / (n_repeats - 1) for name, one in found.items()}, n_repeats)
 
 
 def _gradients(
@@ -155,30 +158,6 @@ def _by_group(leaves: Params, values: Params) -> dict[str, Params]:
         group = "encoder" if "encoder" in values and not name.startswith("decoder.") else "decoder"
         groups.setdefault(group, {})[name] = leaf
     return groups
-
-
-class _Moments:
-    """Running means and sums of squared deviations, by Chan's update, in float64."""
-
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, {}, {}
-
-    def add(self, gradients: Params) -> None:
-        r"""Take in gradients (R', \*shape)."""
-        for name, value in gradients.items():
-            new = value.double()
-            mean = new.mean(0)
-            squares, n = ((new - mean) ** 2).sum(0), len(new)
-            if self.count:
-                shift, total = mean - self.mean[name], self.count + n
-                squares = squares + self.squares[name] + shift**2 * (self.count * n / total)
-                mean = self.mean[name] + shift * (n / total)
-            self.mean[name], self.squares[name] = mean, squares
-        self.count += len(next(iter(gradients.values())))
-
-    def variance(self) -> Params:
-        """Divisor R - 1."""
-        return {name: value / (self.count - 1) for name, value in self.squares.items()}
 
 
 def _ratio(signal: Tensor, var: Tensor) -> Tensor:
