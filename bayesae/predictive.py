@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from bayesae import random
 from bayesae.codes import CodePosterior, encode
@@ -173,6 +175,47 @@ class Predictive:
         finite = {name: v for name, v in shaped.items() if v is not None and name != "standard_error"}
         check_finite(finite, "moments", "Are the inputs far outside the training range?")
         return replace(moments, **shaped)
+
+    @torch.no_grad()
+    def over_chunks(
+        self,
+        measure: Callable[[Params, Batch, Callable[[int], Draws]], tuple[Tensor, ...]],
+        x: Data,
+        mask: Tensor | None = None,
+        *,
+        n_weight_draws: int | None = None,
+        n_latent_draws: int = 1,
+        seed: int | None = None,
+        chunk_size: int | None = None,
+        progress: bool | None = None,
+    ) -> tuple[Tensor, ...]:
+        r"""Measure all rows under all weight draws, some of them at a time: what `evaluation` is built on.
+
+        Args:
+            measure: Of weight draws (leaves (S', \*shape)), rows (B' of them), and a function that draws K' codes for
+                these: tensors (S', B', ...).
+            x: Rows (N, \*data).
+            mask: As in a call, and so are the others.
+            n_weight_draws: S.
+            n_latent_draws: Codes of a row and weight draw that ``measure`` holds at once.
+            seed: Of weight draws and codes.
+            chunk_size: Network rows at a time.
+            progress: Show a progress bar; None shows it on a terminal only.
+
+        Returns:
+            What was measured, (S, N, ...) each. Raises as a call does.
+        """
+        size, rows = _chunk(chunk_size), self._rows(x, mask, seed)
+        total, is_hidden = self._n_draws(n_weight_draws) * len(rows.x), None if progress is None else not progress
+        with random.scope(seed, rows.x.device), tqdm(total=total, unit="rows", disable=is_hidden) as bar:
+            blocks = []
+            for params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
+                pieces = []
+                for batch in self._chunks(rows, n_draws(params) * n_latent_draws, size):
+                    pieces.append(measure(params, batch, partial(self._evaluate, params, batch)))
+                    bar.update(len(batch.x) * n_draws(params))
+                blocks.append([torch.cat(parts, 1) for parts in zip(*pieces, strict=True)])
+        return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
     def decoder(
         self, n_weight_draws: int | None = None, *, context: Tensor | None = None, seed: int | None = None

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["per_draw", "row_normal", "scope"]
+__all__ = ["derived_seed", "per_draw", "row_normal", "scope"]
 
 _MAX_SEED = 2**62
 
@@ -38,6 +38,23 @@ def scope(seed: int | None, device: torch.device | str = "cpu") -> Generator[Non
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def derived_seed(number: int) -> int:
+    """A seed that is a function of the enclosing `scope`'s and of a number, and uses up no global random number.
+
+    Noise keyed on the seed (`row_normal`) is the same whenever it is asked for within one scope. Where a second,
+    independent one is needed, draw it under ``scope(derived_seed(1))``.
+
+    Args:
+        number: At least 0; each gives another seed.
+
+    Returns:
+        The seed.
+    """
+    # not a sum: seed 0 and number 1 would be seed 1 and number 0
+    mixed = (torch.initial_seed() * 0xD1342543DE82EF95 + number) % _MAX_SEED
+    return int(torch.randint(_MAX_SEED, (), generator=torch.Generator().manual_seed(mixed)))
 
 
 def per_draw(n: int, draw: Callable[[torch.Generator], Tensor], device: torch.device | str = "cpu") -> Tensor:

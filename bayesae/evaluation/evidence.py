@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -38,7 +38,8 @@ def log_evidence(
 ) -> LogEvidence:
     r"""Log p(x | theta) of every row under every weight draw, by importance sampling from the code posterior.
 
-    .. math:: \log \hat p(x \mid \theta) = \log \tfrac1K \sum_{k=1}^K \frac{p(x, z_k \mid \theta)}{q(z_k \mid x, \theta)}
+    .. math:: \log \hat p(x \mid \theta) = \log \tfrac1K \sum_{k=1}^K
+              \frac{p(x, z_k \mid \theta)}{q(z_k \mid x, \theta)}, \quad z_k \sim q(z \mid x, \theta)
 
     Args:
         model: A predictive, or an autoencoder at its own weights.
@@ -76,8 +77,9 @@ def log_evidence(
 
     def measure(params: Params, batch: Batch, draw: Callable[[int], Draws]) -> tuple[Tensor, ...]:
         weights = LogWeights()
-        for n in blocks(n_latent_draws, batch):
-            weights.add(draw(n).log_ratio)
+        for n, block_seed in blocks(n_latent_draws):
+            with random.scope(block_seed, batch.x.device):
+                weights.add(draw(n).log_ratio)
         return weights.results()
 
     fields = predictive.over_chunks(
@@ -95,23 +97,26 @@ def log_evidence(
     return LogEvidence(*fields, n_draws=n_latent_draws)  # pyright: ignore[reportArgumentType]
 
 
-def as_predictive(model: Predictive | Autoencoder, codes: CodePosterior | None) -> Predictive:
-    """A predictive with a stochastic code.
+def as_predictive(
+    model: Predictive | Autoencoder, codes: CodePosterior | None, *, is_stochastic: bool = True
+) -> Predictive:
+    """A predictive of what a caller gave.
 
     Args:
         model: A predictive, or an autoencoder, whose own weights are then the only particle.
         codes: In place of the predictive's own.
+        is_stochastic: Whether the code must have a density.
 
     Returns:
         The predictive.
 
     Raises:
-        UnsupportedError: If its code is deterministic.
+        UnsupportedError: If its code must have a density and is deterministic.
     """
     if isinstance(model, Autoencoder):
         model = Predictive(model, Particles(stack_draws([parameters_of(model.network)])), codes)
     predictive = model if codes is None else replace(model, codes=codes)
-    if predictive.codes is None or predictive.codes is encode:
+    if is_stochastic and (predictive.codes is None or predictive.codes is encode):
         fix = "Give codes=codes.amortised, or codes.Laplace() on any trained model."
         raise UnsupportedError("codes drawn from a distribution", "a deterministic encoder", fix)
     return predictive
@@ -136,16 +141,14 @@ def network_at(predictive: Predictive, params: Params) -> Bound:
     return predictive.model.at(params)
 
 
-def blocks(n_latent_draws: int, batch: Batch) -> Iterator[int]:
-    """Sizes of blocks of K codes; while each is handled, noise is that block's own.
+def blocks(n_latent_draws: int) -> list[tuple[int, int]]:
+    """Blocks of K codes, and the seed of each, under the enclosing scope.
 
     Args:
         n_latent_draws: K.
-        batch: Says on which device.
 
-    Yields:
-        Codes of this block.
+    Returns:
+        Number of codes and seed.
     """
-    for start in range(0, n_latent_draws, BLOCK):
-        with random.scope(random.derived_seed(start), batch.x.device):
-            yield min(BLOCK, n_latent_draws - start)
+    starts = range(0, n_latent_draws, BLOCK)
+    return [(min(BLOCK, n_latent_draws - start), random.derived_seed(start)) for start in starts]

@@ -61,12 +61,13 @@ class LogEvidence:
         return logmeanexp_over_weights(self.log_evidence)
 
     def __str__(self) -> str:
-        error = math.sqrt(float((self.standard_error.double() ** 2).mean()) / self.standard_error.numel())
         n_weight_draws, n_rows = self.log_evidence.shape
+        error = math.sqrt(float((self.standard_error.double() ** 2).mean()) / self.standard_error.numel())
+        means = [f"{float(values.double().mean()):.3f}" for values in (self.log_evidence, self.elbo)]
         share = float(self.ess.median()) / self.n_draws
         return (
-            f"log p(x) {float(self.log_evidence.mean()):.3f} +- {error:.3f} nats a row, ELBO {float(self.elbo.mean()):.3f}"
-            f" ({n_rows} rows, {n_weight_draws} weight draws, {self.n_draws} weights each; median ESS/K {share:.3g})"
+            f"log p(x) {means[0]} +- {error:.3f} nats a row, ELBO {means[1]}; {n_rows} rows, {n_weight_draws} weight "
+            f"draws, {self.n_draws} codes each, median ESS/K {share:.3g}"
         )
 
 
@@ -137,5 +138,7 @@ def warn_of_low_ess(ess: Tensor, n_draws: int, fix: str) -> None:
     """
     share = float((ess < 1 + min(n_draws, 10) / 10).double().mean())
     if n_draws > 1 and share > _LOW_SHARE:
-        text = f"the effective sample size is near 1 of {n_draws} for {share:.0%} of the estimates of log p(x), which are"
+        text = (
+            f"the effective sample size is near 1 of {n_draws} for {share:.0%} of the estimates of log p(x), which are"
+        )
         warnings.warn(f"{text} then too low and their standard errors too small. {fix}", RuntimeWarning, stacklevel=3)
