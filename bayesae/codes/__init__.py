@@ -4,7 +4,10 @@ from bayesae.codes.amortised import Amortised, amortised
 from bayesae.codes.base import CodeModel, CodePosterior, HasLaw, draws_of, law_of, modules_of
 from bayesae.codes.divergence import kl_between
 from bayesae.codes.encode import encode
+from bayesae.codes.flows import AutoregressiveFlow, Flow, Flowed, LawFamily, Planar, Radial, Zuko, import_zuko
 from bayesae.codes.gradients import NormalGradients, normal_gradients
+from bayesae.codes.hamiltonian import Hamiltonian, Leapfrog
+from bayesae.codes.importance import Importance
 from bayesae.codes.laplace import Laplace
 from bayesae.codes.laws import DiagonalLaw, Law, RankOneLaw, TriangularLaw
 from bayesae.codes.refined import Refined
@@ -12,21 +15,32 @@ from bayesae.codes.wrappers import Consistent, Perturbed
 
 __all__ = [
     "Amortised",
+    "AutoregressiveFlow",
     "CodeModel",
     "CodePosterior",
     "Consistent",
     "DiagonalLaw",
+    "Flow",
+    "Flowed",
+    "Hamiltonian",
     "HasLaw",
+    "Importance",
     "Laplace",
     "Law",
+    "LawFamily",
+    "Leapfrog",
     "NormalGradients",
     "Perturbed",
+    "Planar",
+    "Radial",
     "RankOneLaw",
     "Refined",
     "TriangularLaw",
+    "Zuko",
     "amortised",
     "draws_of",
     "encode",
+    "import_zuko",
     "kl_between",
     "law_of",
     "modules_of",
