@@ -117,7 +117,8 @@ class ELBO:
 
     def at(self, progress: float) -> ELBO:
         """The objective at a share of training: beta times its warm-up."""
-        return self if self.warm_up is None else ELBO(self.beta * self.warm_up(progress), None, self.free_bits)
+        factor = 1.0 if self.warm_up is None else self.warm_up(progress)
+        return replace(self, beta=self.beta * factor, warm_up=None)
 
 
 @dataclass(frozen=True)
