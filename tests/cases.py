@@ -1,4 +1,4 @@
-"""One row per weight method: how to build it, and the world in which it is exact."""
+"""One row per weight method and one per code posterior: how to build it, and the world in which it is exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import bayesae as bae
 from bayesae.functional import n_draws
-from bayesae.testing import ConjugateRegression
+from bayesae.testing import ConjugateRegression, LinearGaussian
 from bayesae.types import Params
 
 
@@ -84,3 +84,39 @@ def posterior_moments(posterior) -> tuple[Params, Params]:
     atoms = posterior.sample(posterior.n_atoms)
     assert n_draws(atoms) == posterior.n_atoms
     return posterior.mean, {name: leaf.var(0, correction=0) for name, leaf in atoms.items()}
+
+
+def correlated_codes() -> LinearGaussian:
+    return LinearGaussian.make(correlation=0.8)
+
+
+@dataclass(frozen=True)
+class CodeCase:
+    """One row per code posterior: how to build it, and the numbers a code dimension that it wants of an encoder."""
+
+    name: str
+    build: Callable[[int], Any]  # from Z
+    n_parameters: Callable[[int], int] = lambda n_latents: 2
+    exact: Callable[[], LinearGaussian] | None = None  # a world where its log-ratio does not vary
+    exact_family: str = "full"
+
+    def __str__(self):
+        return self.name
+
+    def model(self, *, n_in: int = 7, n_latents: int = 2, dtype: torch.dtype = torch.float64) -> bae.Autoencoder:
+        torch.manual_seed(5)
+        size = self.n_parameters(n_latents)
+        encoder = bae.nets.mlp(n_in, [6], n_latents if size == 1 else (n_latents, size))
+        decoder = bae.nets.mlp(n_latents, [5], n_in)
+        return bae.Autoencoder(encoder, decoder, bae.likelihoods.Gaussian(0.3)).to(dtype).eval()
+
+
+CODE_CASES = [
+    CodeCase("encode", lambda n: bae.codes.encode, lambda n: 1),
+    CodeCase("encode, of a variational encoder", lambda n: bae.codes.encode),
+    CodeCase("amortised", lambda n: bae.codes.amortised),
+    CodeCase("amortised, path", lambda n: bae.codes.Amortised(gradient="path")),
+    CodeCase("amortised, full", lambda n: bae.codes.Amortised("full"), lambda n: 1 + n, correlated_codes),
+    CodeCase("Laplace", lambda n: bae.codes.Laplace(2), lambda n: 1, correlated_codes, "location"),
+    CodeCase("Laplace, one step", lambda n: bae.codes.Laplace(1, "newton"), lambda n: 2, correlated_codes, "diagonal"),
+]
