@@ -28,8 +28,8 @@ def check_code_posterior(codes: CodePosterior, model: Autoencoder, x: Tensor, *,
 
     Complete and finite draws of the right shapes and dtype; densities that are those of the outputs; the same seed, the
     same bits, pickled or not; the caller's generator, model and networks untouched; rows that do not depend on how they
-    are put into batches, nor weight draws on one another; noise that is fresh at every call while weights are fitted, and
-    gradients that reach every parameter that is meant to be trained.
+    are put into batches, nor weight draws on one another; noise that is fresh at every call while weights are fitted;
+    gradients that reach every parameter.
 
     Args:
         codes: The code posterior.
@@ -114,7 +114,7 @@ def _some_weights(model: Autoencoder) -> Params:
 
 
 def _rows(batch: Batch, part: slice) -> Batch:
-    return Batch(*(None if value is None else value[part] for value in batch))
+    return Batch(batch.x[part], index=None if batch.index is None else batch.index[part])
 
 
 def _alike(a: Draws, b: Draws) -> bool:
