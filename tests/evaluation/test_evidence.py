@@ -118,11 +118,10 @@ def test_infinite_weights_are_refused():
 def test_chunks_do_not_matter(world, is_linearised):
     model = world.model("diagonal")
     predictive = bae.Predictive(model, normal(model, is_linearised=is_linearised), amortised)
-    sizes = {"n_latent_draws": 300, "n_weight_draws": 4, "seed": 3}
-    one, *others = (log_evidence(predictive, world.x, chunk_size=size, **sizes) for size in (None, 1000, 300))
+    sizes = {"n_latent_draws": 150, "n_weight_draws": 4, "seed": 3}
+    one, other = (log_evidence(predictive, world.x, chunk_size=size, **sizes) for size in (None, 400))
     for name in FIELDS:
-        for other in others:
-            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-9)
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-9)
     assert one.log_evidence.shape == (4, 9)
     torch.testing.assert_close(one.over_weights(), one.log_evidence.logsumexp(0) - math.log(4))
 
