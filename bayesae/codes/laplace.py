@@ -37,7 +37,9 @@ class Laplace:
         n_steps: T, at least 0.
         step: The :math:`\alpha_t`: "line_search", the best of 1, 1/2, 1/4, 1/8 and 0 by log p(x, z) for each row,
             so that no step goes down; "newton", 1; "decaying", 1 / (2 (t + 1)), the paper's, which never reaches
-            the mode even of a linear decoder.
+            the mode even of a linear decoder. None: "decaying" while weights are fitted, "line_search" otherwise. A
+            full step forgets where it started, and with that it keeps the gradient from the encoder, which then learns
+            no good start.
 
     Draws carry no closed-form KL: near the posterior log p(x, z) - log q(z) hardly varies, the KL does.
 
@@ -59,12 +61,12 @@ class Laplace:
     """
 
     n_steps: int = 4
-    step: Step = "line_search"
+    step: Step | None = None
 
     def __post_init__(self) -> None:
         check_counts(n_steps=self.n_steps + 1 if type(self.n_steps) is int else self.n_steps)
-        if self.step not in get_args(Step):
-            raise UnsupportedError(f"step, one of {list(get_args(Step))}", repr(self.step), "'line_search' is safe.")
+        if self.step is not None and self.step not in get_args(Step):
+            raise UnsupportedError(f"step, one of {list(get_args(Step))}", repr(self.step), "Leave it out.")
 
     def law(self, model: CodeModel, batch: Batch) -> TriangularLaw:
         """The Normal at the mode of every row under every weight draw."""
@@ -92,8 +94,9 @@ class Laplace:
         return draws_of(model, batch, latents, law.log_prob(latents))
 
     def _length(self, model: CodeModel, batch: Batch, z: Tensor, direction: Tensor, t: int) -> Tensor | float:
-        if self.step != "line_search":
-            return 1.0 if self.step == "newton" else 0.5 / (t + 1)
+        step = self.step or ("decaying" if model.is_fitting else "line_search")
+        if step != "line_search":
+            return 1.0 if step == "newton" else 0.5 / (t + 1)
         with torch.no_grad():
             lengths = z.new_tensor(_LENGTHS)
             trials = z + lengths[:, None, None, None] * direction

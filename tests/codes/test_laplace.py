@@ -267,6 +267,13 @@ def test_no_jacobian_of_the_outputs_is_formed():
     assert largest.numel <= n_rows * n_outputs
 
 
+@pytest.mark.parametrize(("is_fitting", "step"), [(True, "decaying"), (False, "line_search")])
+def test_fitting_damps_and_evaluation_searches(is_fitting, step, model, rows):
+    bound = model.at(params_of(model), is_fitting=is_fitting)
+    found, wanted = (bae.codes.Laplace(3, rule).law(bound, bae.Batch(rows)).loc for rule in (None, step))
+    assert torch.equal(found, wanted)
+
+
 class TestPredictive:
     def test_linearised_and_sampled(self, model, rows):
         weights = bae.fit_weights(bae.weights.Laplace("dense"), model, rows)
