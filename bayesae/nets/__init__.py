@@ -2,6 +2,7 @@
 
 from bayesae.nets.context import Conditional, Offset
 from bayesae.nets.conv import conv_decoder, conv_encoder
+from bayesae.nets.deep_latent import deep_latent_decoder
 from bayesae.nets.mlp import mlp
 from bayesae.nets.parts import OneHot, Residual
 from bayesae.nets.recipe import build, names
@@ -16,6 +17,7 @@ __all__ = [
     "build",
     "conv_decoder",
     "conv_encoder",
+    "deep_latent_decoder",
     "mlp",
     "sequence_decoder",
     "sequence_encoder",

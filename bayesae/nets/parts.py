@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 LARGEST_SIZE = 2**24  # of one width, axis or number of tokens
 LARGEST_COUNT = 64  # layers, axes, residual blocks in a place
 
-_LISTS = {"hidden", "n_out", "channels", "shape"}  # arguments that may be lists
+_LISTS = {"hidden", "n_out", "channels", "shape", "sizes", "widths"}  # arguments that may be lists
 
 Activation = Callable[[], nn.Module]
 
