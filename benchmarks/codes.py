@@ -3,8 +3,9 @@
 ``python -m benchmarks.codes --json benchmarks/results/codes.json``
 
 The network of the digits, 64-64-64-8-64-64-64 with ReLU, Gaussian output of learned scale, 1,438 rows in batches of
-128, Adam. After an epoch to warm up, rounds of one epoch each, every method once a round in turn; the ratio is the median
-over rounds of a method's epoch over the VAE's of the same round. An epoch has 12 steps and the pass that sets the noise.
+128, Adam. After an epoch to warm up, rounds of one epoch each, every method once a round in turn; the ratio is the
+median over rounds of a method's epoch over the VAE's of the same round. An epoch has 12 steps and the pass that sets
+the noise.
 """
 
 from __future__ import annotations

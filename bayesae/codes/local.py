@@ -58,6 +58,7 @@ class Local:
         self._chain = None if batch.context is not None else _chain(decoder)
         self._params = params
         self._gram: Tensor | None = None
+        self._mode: Tensor | None = None
 
     def __call__(self, z: Tensor) -> Expansion:
         """The expansion around z (S, B, Z)."""
@@ -82,8 +83,14 @@ class Local:
     def _outputs(self, outputs: Tensor) -> tuple[Tensor, OutputHessian]:
         r"""Gradient (S, B, \*O) of the log-likelihood in the outputs, and the Hessian of S B rows."""
         likelihood = self.model.likelihood
-        score = torch.func.grad(lambda f: score_outputs(likelihood, f[None], self.batch).sum())(outputs)
         hessian = likelihood.output_hessian(outputs.flatten(0, 1))
+        if isinstance(hessian, Tensor) and self._mode is not None:
+            return hessian * (self._mode - outputs), hessian
+        score = torch.func.grad(lambda f: score_outputs(likelihood, f[None], self.batch).sum())(outputs)
+        is_constant = isinstance(hessian, Tensor) and hessian.dim() == 0
+        if is_constant and not likelihood.is_fisher and self.batch.mask is None:
+            # log p is quadratic in the outputs: where it is largest says all that later codes need
+            self._mode = outputs + score / hessian
         if self.batch.mask is not None:
             mask = likelihood.output_mask(self.batch.mask).reshape(1, *outputs.shape[1:]).expand(outputs.shape)
             hessian = _masked(hessian, mask.flatten(0, 1).to(outputs.dtype))
@@ -186,5 +193,7 @@ def _weighted_gram(rows: Tensor, hessian: OutputHessian) -> Tensor:
         projected = flat.flatten(2) @ hessian.factor.flatten(2).mT
         dense = (projected @ projected.mT).unflatten(0, lead)
         return dense if hessian.diagonal is None else dense + _weighted_gram(rows, hessian.diagonal)
-    weighted = flat * (hessian if hessian.dim() == 0 else hessian[:, None])
+    if hessian.dim() == 0:
+        return hessian * (flat.flatten(2) @ flat.flatten(2).mT).unflatten(0, lead)
+    weighted = flat * hessian[:, None]
     return (flat.flatten(2) @ weighted.flatten(2).mT).unflatten(0, lead)
