@@ -114,7 +114,8 @@ class TestHamiltonian:
         """A loop over codes, by the world's own formulas."""
         model, posterior = world.model("diagonal"), codes.Hamiltonian(codes.amortised, leapfrog(n_steps=1))
         draws = draws_of(model, posterior, world.batch, 2, seed=3)
-        start = draws_of(model, codes.Hamiltonian(codes.amortised, leapfrog(n_steps=1, step_size=1e-13)), world.batch, 2, seed=3)
+        still = codes.Hamiltonian(codes.amortised, leapfrog(n_steps=1, step_size=1e-13))
+        start = draws_of(model, still, world.batch, 2, seed=3)
         step, hot = posterior.leapfrog.log_step_size.exp().detach(), 2.0**0.5
         with bae.random.scope(3):
             unit = codes.base.noise(model.at(params_of(model)), world.batch, 2, 6, start.latents[0])[..., 3:]

@@ -93,8 +93,8 @@ def linear_world_model(world, flow):
     model, exact = world.model("diagonal"), world.model("full")
     unmix = torch.linalg.inv(torch.eye(z, dtype=factor.dtype) + below) / gate
     with torch.no_grad():
-        for new, old in ((model.encoder[0].weight, exact.encoder[0].weight), (model.encoder[0].bias, exact.encoder[0].bias)):
-            new.view(z, 2, -1)[:, 0] = unmix @ old.view(z, 1 + z, -1)[:, 0]
+        for name, new in model.encoder[0].named_parameters():
+            new.view(z, 2, -1)[:, 0] = unmix @ exact.encoder[0].get_parameter(name).view(z, 1 + z, -1)[:, 0]
         model.encoder[0].bias.view(z, 2)[:, 1] = (scales / gate).log()
     return model
 

@@ -38,7 +38,7 @@ class TestConstraints:
 
     @pytest.mark.parametrize("size", [1.0, 10.0, 100.0])
     def test_every_step_can_be_undone(self, case, size):
-        """The determinant of the map is positive wherever it is looked at: also near what is singular without bounds."""
+        """The determinant of the map is positive, also where maps without bounds are singular."""
         flow = type(case.flow())(1)
         for seed in range(20):
             latents, parameters = inputs(flow, (7, 1, 3, 2), scale=size, seed=seed)

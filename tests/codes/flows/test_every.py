@@ -7,8 +7,7 @@ import pickle
 import pytest
 import torch
 
-from bayesae import codes
-from tests.codes.flows.cases import FLOWS, ELEMENTARY, AUTOREGRESSIVE, inputs, jacobians
+from tests.codes.flows.cases import AUTOREGRESSIVE, ELEMENTARY, FLOWS, inputs, jacobians
 
 every = pytest.mark.parametrize("case", FLOWS, ids=str)
 

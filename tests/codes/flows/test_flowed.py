@@ -77,14 +77,16 @@ class TestDraws:
         assert draws.latents.shape == (5, 3, 4, 2) and draws.log_ratio.shape == (5, 3, 4)
         assert draws.kl is None or draws.kl.shape == (3, 4, 2)
         for s in range(3):
-            alone = draws_of(model, posterior, batch, 5, params={name: leaf[s : s + 1] for name, leaf in params.items()})
+            one = {name: leaf[s : s + 1] for name, leaf in params.items()}
+            alone = draws_of(model, posterior, batch, 5, params=one)
             torch.testing.assert_close(alone.log_ratio, draws.log_ratio[:, s : s + 1], rtol=0, atol=1e-10)
 
     def test_gradients_reach_all_weights(self, case):
         flow = case.flow(2)
         model = model_for(flow).train()
         posterior = codes.Flowed(codes.amortised, flow)
-        bae.objectives.elbo(posterior(model.live(), bae.Batch(torch.rand(9, 7).double()), n_latent_draws=2)).sum().backward()
+        draws = posterior(model.live(), bae.Batch(torch.rand(9, 7).double()), n_latent_draws=2)
+        bae.objectives.elbo(draws).sum().backward()
         networks = codes.modules_of(posterior)
         assert len(networks) == (0 if case in ELEMENTARY else 1)
         for leaf in [*model.parameters(), *networks.parameters()]:
@@ -212,7 +214,9 @@ class TestTraining:
         ("world", "epochs", "gap"),
         [
             pytest.param({"n_latents": 3, "n_data": 60}, 250, 0.3),
-            pytest.param({"n_latents": 8, "n_outputs": 784, "n_data": 256, "noise_var": 100.0}, 1500, 1.5, marks=pytest.mark.slow),
+            pytest.param(
+                {"n_latents": 8, "n_outputs": 784, "n_data": 256, "noise_var": 100.0}, 1500, 1.5, marks=pytest.mark.slow
+            ),
         ],
         ids=["small", "large"],
     )
@@ -230,7 +234,16 @@ class TestTraining:
             model.decoder.requires_grad_(False)
             settings = {"objective": bae.objectives.elbo, "codes": posterior, "schedule": "cosine", "batch_size": 1000}
             prior = bae.joint.IsotropicNormal(1e-12)
-            bae.fit_model(model, world.x, epochs=epochs, learning_rate=0.05, weight_prior=prior, seed=0, n_latent_draws=4, **settings)
+            bae.fit_model(
+                model,
+                world.x,
+                epochs=epochs,
+                learning_rate=0.05,
+                weight_prior=prior,
+                seed=0,
+                n_latent_draws=4,
+                **settings,
+            )
             draws = draws_of(model, posterior, world.batch, 500)
             lost[name] = float((world.log_evidence() - draws.log_ratio.mean(0)[0]).mean())
         print(world.mean_field_gap, lost)
