@@ -210,45 +210,32 @@ class TestTraining:
             with pytest.raises(bae.errors.FileError, match="codes"):
                 bae.fit_model(model_for(second), rows, codes=codes.Flowed(codes.amortised, second), **settings)
 
-    @pytest.mark.parametrize(
-        ("world", "epochs", "gap"),
-        [
-            pytest.param({"n_latents": 3, "n_data": 60}, 250, 0.3),
-            pytest.param(
-                {"n_latents": 8, "n_outputs": 784, "n_data": 256, "noise_var": 100.0}, 1500, 1.5, marks=pytest.mark.slow
-            ),
-        ],
-        ids=["small", "large"],
-    )
-    def test_one_linear_step_closes_the_mean_field_gap(self, world, epochs, gap):
-        world = LinearGaussian.make(correlation=0.8, **world)
-        assert world.mean_field_gap > gap
-        lost = {}
-        for name in ("diagonal", "flow"):
-            torch.manual_seed(0)
-            flow = codes.AutoregressiveFlow(world.n_latents, 1, (), 0, is_volume_preserving=True).double()
-            posterior = codes.Flowed(codes.amortised, flow) if name == "flow" else codes.amortised
-            model = world.model("diagonal")
-            with torch.no_grad():  # not from the answer
-                model.encoder[0].bias.zero_()
-            model.decoder.requires_grad_(False)
-            settings = {"objective": bae.objectives.elbo, "codes": posterior, "schedule": "cosine", "batch_size": 1000}
-            prior = bae.joint.IsotropicNormal(1e-12)
-            bae.fit_model(
-                model,
-                world.x,
-                epochs=epochs,
-                learning_rate=0.05,
-                weight_prior=prior,
-                seed=0,
-                n_latent_draws=4,
-                **settings,
-            )
-            draws = draws_of(model, posterior, world.batch, 500)
-            lost[name] = float((world.log_evidence() - draws.log_ratio.mean(0)[0]).mean())
-        print(world.mean_field_gap, lost)
-        assert lost["flow"] < 0.05
-        assert lost["diagonal"] > world.mean_field_gap - 0.02
+    def test_one_linear_step_closes_the_mean_field_gap(self):
+        check_gap(LinearGaussian.make(correlation=0.9, n_data=60, noise_var=2.0), epochs=120, rate=0.1, gap=1.1)
+
+    @pytest.mark.slow
+    def test_one_linear_step_closes_a_wide_gap(self):
+        sizes = {"n_latents": 8, "n_outputs": 784, "n_data": 256}
+        check_gap(LinearGaussian.make(correlation=0.85, noise_var=300.0, **sizes), epochs=1500, rate=0.05, gap=2.5)
+
+
+def check_gap(world, *, epochs, rate, gap):
+    """Of a decoder that stays as it is, evidence less bound: that of a diagonal Normal, and with a step after it."""
+    assert world.mean_field_gap > gap
+    for is_flowed in (False, True):
+        torch.manual_seed(0)
+        flow = codes.AutoregressiveFlow(world.n_latents, 1, (), 0, is_volume_preserving=True).double()
+        posterior = codes.Flowed(codes.amortised, flow) if is_flowed else codes.amortised
+        model = world.model("diagonal")
+        with torch.no_grad():  # not from the answer
+            model.encoder[0].bias.zero_()
+        model.decoder.requires_grad_(False)
+        settings = {"objective": bae.objectives.elbo, "n_latent_draws": 4, "schedule": "cosine", "batch_size": 1000}
+        settings |= {"weight_prior": bae.joint.IsotropicNormal(1e-12), "learning_rate": rate, "epochs": epochs}
+        bae.fit_model(model, world.x, codes=posterior, seed=0, **settings)
+        draws = draws_of(model, posterior, world.batch, 500)
+        lost = float((world.log_evidence() - draws.log_ratio.mean(0)[0]).mean())
+        assert lost < 0.05 if is_flowed else lost > world.mean_field_gap - 0.03
 
 
 class TestErrors:
