@@ -15,11 +15,13 @@ from bayesae.codes.flows.base import LawFamily, check_dtype, check_is_total
 from bayesae.data import check_counts
 from bayesae.draws import Draws
 from bayesae.errors import ShapeError
+from bayesae.nets.recipe import can_be_built, remember
 from bayesae.types import Batch
 
 __all__ = ["Hamiltonian", "Leapfrog"]
 
 
+@can_be_built
 class Leapfrog(nn.Module):
     r"""T leapfrog steps that cool down, a bijection of code and momentum with determinant 1.
 
@@ -54,6 +56,8 @@ class Leapfrog(nn.Module):
         self.n_steps = n_steps
         self.log_step_size = nn.Parameter(torch.full((n_latents,), math.log(step_size)))
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        sizes = {"n_latents": n_latents, "n_steps": n_steps}
+        remember(self, "Leapfrog", sizes | {"step_size": float(step_size), "temperature": float(temperature)})
 
     def forward(self, latents: Tensor, unit: Tensor, force: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Move codes.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from bayesae import encoding
 from bayesae.errors import BayesAEError, FileError, UnsupportedError
 from bayesae.files import tables
-from bayesae.files.predictives import DAMAGED, DTYPES, REFUSALS, check_tree, expect, predictive_of, tree_of
+from bayesae.files.networks import DAMAGED, REFUSALS, expect
+from bayesae.files.predictives import DTYPES, check_tree, predictive_of, tree_of
 from bayesae.predictive import Predictive
 
 __all__ = ["describe", "load", "save"]

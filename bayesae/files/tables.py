@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bayesae.errors import FileError, NotFittedError, UnsupportedError
 from bayesae.files import predictives
-from bayesae.files.predictives import DAMAGED, expect, likelihood_of, likelihood_tree
+from bayesae.files.networks import DAMAGED, expect
+from bayesae.files.predictives import likelihood_of, likelihood_tree
 from bayesae.predictive import Predictive
 from bayesae.training import History
 
