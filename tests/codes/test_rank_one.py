@@ -232,6 +232,8 @@ def fitted_gap(family, seed):
         coordinates.bias.copy_(-coordinates.weight @ world.bias)
     torch.manual_seed(seed)
     encoder = torch.nn.Sequential(coordinates, *bae.nets.mlp(8, [], (8, codes.n_parameters(8))))
+    with torch.no_grad():  # u and -u are one law: directions that begin as functions of x may stay of both signs
+        encoder[-2].weight.unflatten(0, (8, -1))[:, 1:] = 0
     model = bae.Autoencoder(encoder, fixed.decoder, fixed.likelihood)
     for frozen in (coordinates, model.decoder):
         frozen.requires_grad_(False)
