@@ -35,7 +35,8 @@ def describe(argument: object) -> str:
     Looked at are numbers, strings, tensors and arrays (by checksum), tuples, lists, dicts and sets of them, fields of
     dataclasses, arguments of `partial`, attributes of objects that are an argument, a field or can be called, and the
     code, closure, defaults and plain globals of functions without a name of their own. Functions with one and classes
-    are their names; networks are their layers, other objects their class. What such a function or object counts or
+    are their names; networks are their layers, what they were made with, and the shapes of their weights; other objects
+    their class. What such a function or object counts or
     collects while it runs makes it another argument too.
 
     Args:
@@ -69,7 +70,7 @@ def describe_model(model: Autoencoder) -> dict[str, str]:
         "likelihood": f"{type(likelihood).__name__} {describe(getattr(likelihood, 'arguments', {}))}",
     }
     for name, leaf in model.named_parameters():
-        words[name] = f"{tuple(leaf.shape)} {leaf.dtype}{'' if leaf.requires_grad else ', frozen'}"
+        words[name] = _words_of_weight(leaf)
     return words
 
 
@@ -111,7 +112,7 @@ def _words(value: Any, above: tuple[object, ...]) -> str:  # noqa: ANN401 - anyt
     if isinstance(value, (Dataset, DataLoader)):
         return _words_of_data(value)
     if isinstance(value, nn.Module):
-        return _ADDRESS.sub("", repr(value))  # weights change in training
+        return _words_of_network(value, above)
     return _words_of_object(value, above)
 
 
@@ -120,6 +121,16 @@ def _words_of_array(value: Tensor | np.ndarray, above: tuple[object, ...]) -> st
         return f"array {_words(value.tolist(), above)}"
     tensor = as_tensor(value)
     return f"{tensor.dtype} {tuple(tensor.shape)} {digest({'': tensor})[:16]}"
+
+
+def _words_of_network(value: nn.Module, above: tuple[object, ...]) -> str:
+    weights = {name: _words_of_weight(leaf) for name, leaf in value.named_parameters()}  # numbers change in training
+    parts = (getattr(value, "recipe", None), weights)
+    return f"{_ADDRESS.sub('', repr(value))} {' '.join(_words(part, above) for part in parts if part)}"
+
+
+def _words_of_weight(leaf: Tensor) -> str:
+    return f"{tuple(leaf.shape)} {leaf.dtype}{'' if leaf.requires_grad else ', frozen'}"
 
 
 def _words_of_function(value: FunctionType, above: tuple[object, ...]) -> str:
