@@ -280,27 +280,28 @@ class _Orbit:
         """Eigenvalues of G across the orbit, (P - r,)."""
         if information.dim() == 1:
             return information
-        across = self._across
-        return torch.linalg.eigvalsh(across.mT @ information @ across)
+        largest = 2 * float(torch.linalg.matrix_norm(information)) + 1  # puts the orbit's own last
+        return torch.linalg.eigvalsh(self._across(information, largest))[: self.n_weights - self.n_flat]
 
     def log_det(self, information: Tensor, precisions: Tensor) -> tuple[float, float]:
         """Log-determinant across the orbit, and the number of weights that the prior alone settles."""
         if information.dim() == 1:
             total = information + precisions
             return float(total.log().sum()), float((precisions / total).sum())
-        across = self._across
-        prior = across.mT @ (precisions[:, None] * across)
-        root, failed = torch.linalg.cholesky_ex(across.mT @ information @ across + prior)
+        prior = torch.diag(precisions)
+        root, failed = torch.linalg.cholesky_ex(self._across(information + prior, 1.0))
         if int(failed):
             raise NonFiniteError("a mode: information that is positive definite", "an indefinite one", _NO_MODE)
-        return float(2 * root.diagonal().log().sum()), float(torch.cholesky_solve(prior, root).diagonal().sum())
+        lost = torch.cholesky_solve(self._across(prior, 0.0), root).diagonal().sum()
+        return float(2 * root.diagonal().log().sum()), float(lost)
 
-    @property
-    def _across(self) -> Tensor:
-        """An orthonormal basis of all other directions, (P, P - r)."""
-        if not self.n_flat:
-            return torch.eye(self.n_weights).to(self.tangents)
-        return torch.linalg.qr(self.tangents, mode="complete").Q[:, self.n_flat :]
+    def _across(self, matrix: Tensor, along: float) -> Tensor:
+        """A symmetric matrix across the orbit, and ``along`` times the identity on it, (P, P)."""
+        tangents = self.tangents
+        image = matrix @ tangents
+        core = tangents.mT @ image + along * torch.eye(self.n_flat).to(tangents)
+        half = image @ tangents.mT
+        return matrix - half - half.mT + tangents @ core @ tangents.mT
 
 
 _NO_MODE = (
