@@ -103,7 +103,7 @@ class Amortised:
             if self.layers is not None and sum(self.layers) != n_latents:
                 fix = "Give the sizes that nets.deep_latent_decoder has."
                 raise ShapeError(f"layers that add up to a code of {n_latents}", f"{self.layers}", fix)
-            return RankOneLaw(*parameters.unbind(-1), self.layers)
+            return RankOneLaw(parameters[..., 0], parameters[..., 1], parameters[..., 2], self.layers)
         rows = parameters[..., 1:]
         diagonal = rows.diagonal(dim1=-2, dim2=-1).exp()
         return TriangularLaw(parameters[..., 0], rows.tril(-1) + torch.diag_embed(diagonal))

@@ -72,14 +72,14 @@ def normal_gradients(
         raise UnsupportedError("order, 'first' or 'second'", repr(order), "'first' is the default.")
     latents = loc + (factor @ noise[..., None])[..., 0]
     gradient = torch.func.grad(lambda z: f(z).sum())
+    slope = gradient(latents)
     if order == "first":
-        slope = gradient(latents)
         return NormalGradients(slope.mean(0), (slope[..., :, None] * noise[..., None, :]).mean(0), None)
 
-    def column(direction: Tensor) -> tuple[Tensor, Tensor]:
-        slope, change = torch.func.jvp(gradient, (latents,), (direction.expand_as(latents),))  # pyright: ignore[reportAssignmentType] - no aux
-        return slope.mean(0), change.mean(0)
+    def column(direction: Tensor) -> Tensor:
+        change = torch.func.jvp(gradient, (latents,), (direction.expand_as(latents),))[1]
+        return change.mean(0)
 
     eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)
-    slope, hessian = torch.func.vmap(column, out_dims=(None, -1))(eye)
-    return NormalGradients(slope, hessian @ factor, 0.5 * hessian)
+    hessian = torch.func.vmap(column, out_dims=-1)(eye)
+    return NormalGradients(slope.mean(0), hessian @ factor, 0.5 * hessian)

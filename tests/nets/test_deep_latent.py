@@ -116,22 +116,23 @@ class TestDigits:
         assert draws.kl.shape == (1, 5, 2) and draws.latents.shape == (3, 1, 5, 9)
         assert bool((draws.kl > 0).all())
 
-    @pytest.mark.parametrize("method", ["map", "particles"])
+    @pytest.mark.parametrize("method", ["map", "particles", "laplace"])
     def test_predicts(self, trained, method):
         members, codes, x = trained
         model = members[0][0]
-        if method == "map":
-            weights = bae.fit_weights(bae.weights.MAP(), model, x, progress=False)
+        if method != "particles":
+            inference = bae.weights.MAP() if method == "map" else bae.weights.Laplace()
+            weights = bae.fit_weights(inference, model, x, progress=False)
         else:
             leaves = [bae.functional.parameters_of(member.network) for member, _ in members]
             weights = bae.families.Particles(bae.functional.stack_draws(leaves))
         predictive = bae.Predictive(model, weights, codes=codes)
-        draws = predictive(x[:8], n_latent_draws=4, seed=0)
-        n = 1 if method == "map" else 2
+        n = {"map": 1, "particles": 2, "laplace": 3}[method]
+        draws = predictive(x[:8], n_weight_draws=n, n_latent_draws=4, seed=0)
         assert draws.log_ratio.shape == (4, n, 8) and bool(draws.log_ratio.isfinite().all())
         score = bae.ood.negative_log_predictive(draws)
         assert score.shape == (8,) and float(score.std()) > 0.1
-        noise = predictive(torch.rand(8, 64), n_latent_draws=4, seed=0)
+        noise = predictive(torch.rand(8, 64), n_weight_draws=n, n_latent_draws=4, seed=0)
         assert float(bae.ood.negative_log_predictive(noise).min()) > float(score.max())
-        moments = predictive.moments(x[:8], n_latent_draws=4, seed=0)
+        moments = predictive.moments(x[:8], n_weight_draws=n, n_latent_draws=4, seed=0)
         assert bool(moments.total.isfinite().all()) and bool((moments.code.mean() > 0).all())
