@@ -314,6 +314,11 @@ def test_hostile_networks_of_codes_are_refused(name, whole, load, tmp_path):
     check_refused(load, with_value(tmp_path, whole, (*FLOW, key), as_skeleton(value)))
 
 
+def test_more_layers_than_the_file_has_tensors_are_not_even_sketched(whole, load, tmp_path):
+    damaged = with_value(tmp_path, whole, (*FLOW, "recipe"), as_skeleton(recipe(n_steps=64, hidden=[1] * 12)))
+    check_refused(load, damaged, "residual blocks and steps")
+
+
 def test_a_flag_for_no_parameter_is_refused(whole, load, tmp_path):
     damaged = with_value(tmp_path, whole, (*FLOW, "requires_grad"), as_skeleton({"x": True}))
     with pytest.raises(FileError):
