@@ -149,12 +149,12 @@ def information(law: Law, latents: Tensor) -> MutualInformation:
     _, n_rows, n_latent_draws, _ = latents.shape
     check_rows(n_rows)
     step = max(1, _NUMBERS // sum(value.numel() for _, value in _tensors(law)))
-    values = []
+    rows, values = torch.arange(n_rows, device=latents.device), []
     for k in range(n_latent_draws):
-        for index in torch.arange(n_rows, device=latents.device).split(step):
+        for index in rows.split(step):
             densities = law.log_prob(latents[:, index, k].transpose(0, 1)[:, :, None])
-            own = densities[torch.arange(len(index)), :, index]
-            is_own = (index[:, None] == torch.arange(n_rows, device=index.device))[:, None]
+            own = densities[rows[: len(index)], :, index]
+            is_own = (index[:, None] == rows)[:, None]
             others = densities.masked_fill(is_own, -torch.inf)
             lower = own - densities.logsumexp(-1) + math.log(n_rows)
             values.append(torch.stack([lower, own - others.logsumexp(-1) + math.log(n_rows - 1)]))

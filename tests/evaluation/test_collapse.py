@@ -178,17 +178,21 @@ class TestReport:
 
 @pytest.mark.slow
 def test_twenty_codes_of_five_dimensional_data_leave_five_active():
-    world = LinearGaussian.make(n_data=2000, n_outputs=20, n_latents=5, noise_var=0.1)
+    """Noise a quarter above the truth: a learned one keeps directions in which 1000 rows happen to vary more."""
+    world = LinearGaussian.make(n_data=1000, n_outputs=20, n_latents=5, noise_var=1.0, dtype=torch.float32)
+    scale = 1.25
+    assert int((torch.linalg.eigvalsh(torch.cov(world.x.mT)) > scale**2).sum()) == 5
     torch.manual_seed(0)
     encoder = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.Unflatten(1, (20, 2)))
-    model = bae.Autoencoder(encoder, torch.nn.Linear(20, 20), bae.likelihoods.Gaussian()).double()
-    options = {"codes": amortised, "objective": bae.objectives.elbo, "seed": 0, "progress": False}
-    bae.fit_model(model, world.x, epochs=150, learning_rate=3e-3, **options)
+    model = bae.Autoencoder(encoder, torch.nn.Linear(20, 20), bae.likelihoods.Gaussian(scale))
+    options = {"codes": amortised, "objective": bae.objectives.elbo, "batch_size": 1000, "progress": False}
+    for seed in range(4):  # Adam anew, which else remembers the first steep gradients
+        bae.fit_model(model, world.x, epochs=200, learning_rate=0.02, seed=seed, **options)
     report = collapse_report(model, world.x, codes=amortised, seed=0)
     assert int(active_units(model, world.x, codes=amortised).sum()) == 5
     assert len(report.collapsed) == 15
-    assert float(report.kl[0][report.is_active[0]].min()) > 1
-    assert float(report.kl[0][~report.is_active[0]].max()) < 0.02
+    assert float(report.kl[0][report.is_active[0]].min()) > 0.5
+    assert float(report.kl[0][~report.is_active[0]].max()) < 0.05
 
 
 class TestErrors:
