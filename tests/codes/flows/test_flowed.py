@@ -122,6 +122,17 @@ class TestParts:
         torch.testing.assert_close(draws.kl, parts.mean(0), rtol=0, atol=1e-10)
         assert bool(((draws.kl - law.kl()).abs() < 4.5 * parts.std(0) / n**0.5).all())
 
+    @pytest.mark.parametrize("case", AUTOREGRESSIVE, ids=str)
+    def test_free_bits_are_of_each_dimension(self, world, case):
+        flow = case.flow(3)
+        model = widened(world.model("diagonal"), flow.n_parameters)
+        draws = draws_of(model, codes.Flowed(codes.amortised, flow), world.batch, 4)
+        means = draws.kl.mean(1)[0].sort().values
+        free = float(means[:2].mean())  # one dimension is below, two are above
+        value = bae.objectives.ELBO(free_bits=free)(draws).mean()
+        expected = draws.log_likelihood.mean() - free - means[1:].sum()
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-10)
+
 
 class TestPredictive:
     @pytest.mark.parametrize("case", OURS, ids=str)
