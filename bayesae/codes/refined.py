@@ -44,21 +44,21 @@ class Refined:
         learning_rate: alpha; stable below 2 over the largest eigenvalue of the code's posterior precision (1 + w^2 / v
             for one weight w and noise of variance v).
         momentum: mu, in [0, 1).
-        second_order: Whether training differentiates through the steps. If not, the refined parameters pass their
-            gradients to the start's as if the steps had added constants; a linearised predictive then sees no more.
+        second_order: Whether derivatives, those of training and of a linearised predictive, go through the steps. If
+            not, they go to the start's parameters as if the steps had added constants to them.
         n_directions: n directions a step, at most Z; None for Z. All should come several times: n * n_steps of many Z.
         clip_norm: c, the largest norm of a row's gradient, over its 2 Z numbers.
 
     Exact when: as `Amortised` "diagonal", for any encoder: in the limit of many steps it is the best diagonal Normal of
         a linear Gaussian decoder. With n = Z a step climbs the row's very ELBO where log p(x | z) is at most cubic.
     Biased when: read as a posterior, as `Amortised`. With n < Z steps circle around the maximum, by a share of the
-        learning rate. In training mode, networks whose rows see one another (batch normalisation) make a row's law
-        depend on its batch. Draws are independent of the directions, so that their bound is unbiased.
+        learning rate. Draws are independent of the directions, so that their bound is unbiased.
     Cost: n_steps passes of 2 n codes a row through the decoder, with gradients, and two of 2 Z without; training three
         times that and the memory of all steps, with ``second_order``.
 
     Raises:
-        UnsupportedError: If ``start`` has no law, or, when called, no diagonal one, or if n is above Z.
+        UnsupportedError: If ``start`` has no law; when called, if that is no diagonal one, n is above Z, or the decoder
+            writes to itself, as batch normalisation in training mode does.
         DataError: If a number is out of its range.
 
     References:
@@ -130,7 +130,7 @@ class Refined:
         for t in range(self.n_steps):
             some = [(t * n + i) % n_latents for i in range(n)]
             some = directions[[*some, *(i + n_latents for i in some)]]
-            gradient = torch.func.grad(lambda at, some=some: bound(at, some).sum())(point)
+            gradient = _gradient(lambda at, some=some: bound(at, some).sum(), point)
             velocity = self.momentum * velocity + self._clipped(gradient)
             point = point + self.learning_rate * velocity
         with torch.no_grad():
@@ -154,3 +154,13 @@ class Refined:
         columns = torch.linalg.qr(normal.permute(1, 2, 3, 0).double()).Q.permute(3, 0, 1, 2)
         directions = n_latents**0.5 * columns.to(like)
         return torch.cat([directions, -directions])
+
+
+def _gradient(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
+    try:
+        return torch.func.grad(function)(point)
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        fix = "Take norm='layer' or 'group' in place of batch normalisation, or put it in evaluation mode."
+        raise UnsupportedError("a decoder that does not write to itself", "one that does", fix) from error

@@ -298,3 +298,9 @@ class TestErrors:
             law_at(Refined(Amortised("full")), world.model("full"), world.batch)
         with pytest.raises(bae.errors.UnsupportedError, match="at most 3 directions"):
             law_at(Refined(n_directions=4), curved, batch)
+
+    def test_a_decoder_that_writes_to_itself(self, curved, batch):
+        curved.decoder.append(torch.nn.BatchNorm1d(5).double())
+        with pytest.raises(bae.errors.UnsupportedError, match="batch normalisation"):
+            Refined(n_steps=1)(curved.train().live(), batch)
+        assert Refined(n_steps=1)(curved.eval().live(), batch).penalty is None
