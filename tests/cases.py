@@ -111,12 +111,40 @@ class CodeCase:
         return bae.Autoencoder(encoder, decoder, bae.likelihoods.Gaussian(0.3)).to(dtype).eval()
 
 
+def flowed(flow: Any) -> bae.codes.Flowed:
+    return bae.codes.Flowed(bae.codes.amortised, flow)
+
+
+def autoregressive(n_latents: int) -> bae.codes.AutoregressiveFlow:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(8)
+        return bae.codes.AutoregressiveFlow(n_latents, 2, hidden=(5,)).double()
+
+
+def leapfrog(n_latents: int) -> bae.codes.Leapfrog:
+    return bae.codes.Leapfrog(n_latents, 2, temperature=1.5).double()
+
+
+def mirrored(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(-1)
+
+
 CODE_CASES = [
     CodeCase("encode", lambda n: bae.codes.encode, lambda n: 1),
     CodeCase("encode, of a variational encoder", lambda n: bae.codes.encode),
     CodeCase("amortised", lambda n: bae.codes.amortised),
     CodeCase("amortised, path", lambda n: bae.codes.Amortised(gradient="path")),
     CodeCase("amortised, full", lambda n: bae.codes.Amortised("full"), lambda n: 1 + n, correlated_codes),
+    CodeCase("amortised, rank-one", lambda n: bae.codes.Amortised("rank_one"), lambda n: 3),
+    CodeCase("amortised, rank-one by layer", lambda n: bae.codes.Amortised("rank_one", layers=(1,) * n), lambda n: 3),
+    CodeCase("planar", lambda n: flowed(bae.codes.Planar(2)), lambda n: flowed(bae.codes.Planar(2)).n_parameters(n)),
+    CodeCase("radial", lambda n: flowed(bae.codes.Radial(2)), lambda n: flowed(bae.codes.Radial(2)).n_parameters(n)),
+    CodeCase("autoregressive", lambda n: flowed(autoregressive(n)), lambda n: 3),
+    CodeCase("Hamiltonian", lambda n: bae.codes.Hamiltonian(bae.codes.amortised, leapfrog(n))),
+    CodeCase("importance", lambda n: bae.codes.Importance(bae.codes.amortised, 4)),
+    CodeCase("refined", lambda n: bae.codes.Refined(n_steps=2)),
+    CodeCase("perturbed", lambda n: bae.codes.Perturbed(bae.codes.amortised, 0.1)),
+    CodeCase("consistent", lambda n: bae.codes.Consistent(bae.codes.amortised, mirrored, 0.5)),
     CodeCase("Laplace", lambda n: bae.codes.Laplace(2), lambda n: 1, correlated_codes, "location"),
     CodeCase("Laplace, one step", lambda n: bae.codes.Laplace(1, "newton"), lambda n: 2, correlated_codes, "diagonal"),
 ]

@@ -16,8 +16,7 @@ from bayesae.data import Data, batches, check_counts
 from bayesae.draws import Draws
 from bayesae.errors import DataError, UnsupportedError
 from bayesae.models import Autoencoder
-from bayesae.objectives.base import Objective
-from bayesae.training.options import climbed
+from bayesae.objectives.base import Objective, climbed
 
 __all__ = ["estimate_noise", "learns_noise", "noise_pass"]
 

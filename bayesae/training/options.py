@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from bayesae.codes import CodePosterior, modules_of
-from bayesae.draws import Draws
 from bayesae.errors import DataError, NonFiniteError, UnsupportedError
 from bayesae.models import Autoencoder, Bound
-from bayesae.objectives.base import Objective, at_progress
+from bayesae.objectives.base import Objective, at_progress, climbed
 from bayesae.types import Batch, WeightPrior
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "as_number",
     "check_callable",
     "check_prior",
-    "climbed",
     "constant",
     "cosine",
     "one_cycle",
@@ -56,22 +54,6 @@ def check_prior(weight_prior: object) -> None:
     if weight_prior is not None and not callable(getattr(weight_prior, "log_prob", None)):
         expected, fix = "a weight prior, with log_prob(params)", "IsotropicNormal(precision) makes one of a number."
         raise UnsupportedError(expected, repr(weight_prior), fix)
-
-
-def climbed(objective: Objective, draws: Draws) -> dict[str, Tensor]:
-    """What is climbed: the objective less the draws' penalty, by group of parameters.
-
-    Args:
-        objective: Reduction of draws.
-        draws: The draws.
-
-    Returns:
-        (S, B) for "decoder" (the value that is reported) and, where it is another one, for "encoder".
-    """
-    values = objective(draws)
-    grouped: Mapping[Any, Tensor] = {"decoder": values} if isinstance(values, Tensor) else values
-    penalty = 0.0 if draws.penalty is None else draws.penalty
-    return {name: value - penalty for name, value in grouped.items()}
 
 
 def as_number(value: object) -> float:

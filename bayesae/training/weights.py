@@ -17,11 +17,11 @@ from bayesae.errors import DataError, UnsupportedError
 from bayesae.functional import check_finite, check_is_evaluable, parameters_of
 from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.models import Autoencoder
-from bayesae.objectives.base import Objective
+from bayesae.objectives.base import Objective, climbed
 from bayesae.training.checkpoints import CheckpointFile
 from bayesae.training.identity import describe, describe_data, describe_model, digest
 from bayesae.training.loop import Loop, rows_of_pass
-from bayesae.training.options import check_callable, check_prior, climbed
+from bayesae.training.options import check_callable, check_prior
 from bayesae.types import Batch, Params, WeightPosterior, WeightPrior
 from bayesae.weights import WeightInference
 from bayesae.weights.laplace import Laplace
