@@ -125,11 +125,11 @@ def choose_linear(
         for name, structure in STRUCTURES.items():
             found = evaluation.integrated_evidence(model, x, EXACT, structure=structure, seed=seed)
             values[name].append(found.log_evidence / len(x))
+        for name, rows in (("training rows", x), ("held-out rows", held_out)):
+            estimate = evaluation.log_evidence(model, rows, codes=EXACT, n_latent_draws=4, seed=seed, progress=False)
+            values[name].append(float(estimate.log_evidence.mean()))
         n_free = N_OUTPUTS * size + N_OUTPUTS - size * (size - 1) / 2
-        values["BIC"].append((found.log_likelihood - 0.5 * n_free * math.log(len(x))) / len(x))
-        values["training rows"].append(found.log_likelihood / len(x))
-        held = evaluation.log_evidence(model, held_out, codes=EXACT, n_latent_draws=4, seed=seed)
-        values["held-out rows"].append(float(held.log_evidence.mean()))
+        values["BIC"].append(values["training rows"][-1] - 0.5 * n_free * math.log(len(x)) / len(x))
     picks = {name: config.sizes[max(range(len(row)), key=row.__getitem__)] for name, row in values.items()}
     picks["Minka"] = int(PCA("mle", svd_solver="full").fit(x.numpy()).n_components_)
     largest = config.sizes[-1]
