@@ -61,3 +61,12 @@ def test_defects(tmp_path):
     assert records.mean(method="MAP: squared error", **scratch) > records.mean(method="position alone", **scratch) + 0.1
     assert records.mean(method="MAP: squared error", setting="scratch", metric="PRO-0.3") > 0.5
     assert 0 < records.mean(method="Laplace", setting="clean images", metric="sd over the ensemble's (medians)") < 10
+
+
+@pytest.mark.slow
+def test_code_size(tmp_path):
+    records = run("code_size.py", tmp_path, row="| dense")
+    linear = {"data": "probabilistic PCA", "metric": "code size"}
+    assert records.mean(method="dense", **linear) == 4
+    assert records.mean(method="training rows", **linear) == 5  # the largest that was tried
+    assert {row.setting for row in records.rows if row.data == "digits"} >= {"code 1", "code 16", "all sizes", "choice"}
