@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +17,17 @@ from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.random import row_normal
 from bayesae.types import Batch, Likelihood, Params
 
-__all__ = ["CodeModel", "CodePosterior", "HasLaw", "draws_of", "law_of", "modules_of", "noise", "score_outputs"]
+__all__ = [
+    "CodeModel",
+    "CodePosterior",
+    "HasLaw",
+    "differentiating",
+    "draws_of",
+    "law_of",
+    "modules_of",
+    "noise",
+    "score_outputs",
+]
 
 
 class CodeModel(Protocol):
@@ -106,6 +117,25 @@ def noise(model: CodeModel, batch: Batch, n_latent_draws: int, size: int, like: 
         return torch.randn(n_latent_draws, *like.shape[:2], size, dtype=like.dtype, device=like.device)
     index = torch.arange(len(batch.x)) if batch.index is None else batch.index
     return row_normal(index, (n_latent_draws, 1), size, like)
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Say of a decoder that writes to itself, as batch normalisation in training mode does, what is the matter.
+
+    Yields:
+        None.
+
+    Raises:
+        UnsupportedError: If ``torch.func`` met such a write inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "mutate a captured Tensor" not in str(error):
+            raise
+        fix = "Take norm='layer' or 'group' in place of batch normalisation, or put it in evaluation mode."
+        raise UnsupportedError("a decoder that does not write to itself", "one that does", fix) from error
 
 
 def modules_of(codes: object) -> nn.ModuleList:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesae.codes.arguments import check_number
-from bayesae.codes.base import CodeModel, draws_of, noise, score_outputs
+from bayesae.codes.base import CodeModel, differentiating, draws_of, noise, score_outputs
 from bayesae.codes.flows.base import LawFamily, check_dtype, check_is_total
 from bayesae.data import check_counts
 from bayesae.draws import Draws
@@ -148,6 +148,7 @@ class Hamiltonian:
 
         unit, push = noise(model, batch, n_latent_draws, 2 * n_latents, law.loc).chunk(2, -1)
         start = law.push(unit)
-        latents, momentum = self.leapfrog(start, push, torch.func.grad(log_joint))
+        with differentiating():
+            latents, momentum = self.leapfrog(start, push, torch.func.grad(log_joint))
         log_q = law.log_prob(start) + 0.5 * (momentum**2 - push**2).sum(-1)
         return draws_of(model, batch, latents, log_q)

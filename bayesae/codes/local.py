@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesae.codes.base import CodeModel, score_outputs
+from bayesae.codes.base import CodeModel, differentiating, score_outputs
 from bayesae.curvature.elementwise import ELEMENTWISE
 from bayesae.types import Batch, BlockHessian, LowRankHessian, OutputHessian, Params
 
@@ -106,7 +106,8 @@ class Local:
             return torch.func.jvp(decode, (z,), (direction.expand_as(z),))  # pyright: ignore[reportReturnType]
 
         eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-        return torch.func.vmap(column, out_dims=(None, 2))(eye)  # pyright: ignore[reportArgumentType]
+        with differentiating():
+            return torch.func.vmap(column, out_dims=(None, 2))(eye)  # pyright: ignore[reportArgumentType]
 
 
 Layer = tuple[str, nn.Module]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesae.codes.amortised import amortised
 from bayesae.codes.arguments import check_number
-from bayesae.codes.base import CodeModel, HasLaw, draws_of, noise, score_outputs
+from bayesae.codes.base import CodeModel, HasLaw, differentiating, draws_of, noise, score_outputs
 from bayesae.codes.laws import DiagonalLaw
 from bayesae.data import check_counts
 from bayesae.draws import Draws
@@ -157,10 +157,5 @@ class Refined:
 
 
 def _gradient(function: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
-    try:
+    with differentiating():
         return torch.func.grad(function)(point)
-    except RuntimeError as error:
-        if "mutate a captured Tensor" not in str(error):
-            raise
-        fix = "Take norm='layer' or 'group' in place of batch normalisation, or put it in evaluation mode."
-        raise UnsupportedError("a decoder that does not write to itself", "one that does", fix) from error

@@ -286,6 +286,17 @@ class TestPredictive:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("kind", ["Laplace", "Hamiltonian"])
+    def test_batch_normalisation_in_training(self, kind, rows):
+        decoder = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Linear(5, 7))
+        encoder = bae.nets.mlp(7, [], 2 if kind == "Laplace" else (2, 2))
+        model = bae.Autoencoder(encoder, decoder, bae.likelihoods.Gaussian(0.3)).double()
+        codes = bae.codes.Laplace(1)
+        if kind == "Hamiltonian":
+            codes = bae.codes.Hamiltonian(bae.codes.amortised, bae.codes.Leapfrog(2, 1).double())
+        with pytest.raises(bae.errors.UnsupportedError, match="does not write to itself"):
+            bae.fit_model(model, rows, epochs=1, objective=bae.objectives.elbo, codes=codes)
+
     def test_unknown_choices(self):
         with pytest.raises(bae.errors.UnsupportedError, match="step, one of"):
             bae.codes.Laplace(step="long")
