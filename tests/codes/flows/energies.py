@@ -39,7 +39,7 @@ def log_normaliser(number, n=601, width=8.0):
     return float(torch.logsumexp(-energy(number, grid), 0) + 2 * math.log(2 * width / (n - 1)))
 
 
-def fitted_divergence(number, flow, *, steps, n=100, rate=1e-2, seed=0, n_last=20_000, anneal=0.3):
+def fitted_divergence(number, flow, *, steps, n=100, rate=2e-2, seed=0, n_last=20_000, anneal=0.3):
     """KL(q || p) in nats and its standard error after Adam on U - log|det|, energies warming up at first."""
     torch.manual_seed(seed)
     numbers = torch.nn.Parameter(0.5 * torch.randn(1, 1, 2, 2 + flow.n_parameters, dtype=torch.float64))

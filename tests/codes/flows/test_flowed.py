@@ -226,8 +226,8 @@ class TestTraining:
 
     @pytest.mark.slow
     def test_one_linear_step_closes_a_wide_gap(self):
-        sizes = {"n_latents": 8, "n_outputs": 784, "n_data": 256}
-        check_gap(LinearGaussian.make(correlation=0.85, noise_var=300.0, **sizes), epochs=1500, rate=0.05, gap=2.5)
+        sizes = {"n_latents": 8, "n_outputs": 40, "n_data": 100}
+        check_gap(LinearGaussian.make(correlation=0.85, noise_var=15.0, **sizes), epochs=800, rate=0.02, gap=2.3)
 
 
 def check_gap(world, *, epochs, rate, gap):
