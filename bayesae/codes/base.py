@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Protocol, runtime_checkable
@@ -120,7 +120,7 @@ def noise(model: CodeModel, batch: Batch, n_latent_draws: int, size: int, like: 
 
 
 @contextmanager
-def differentiating() -> Iterator[None]:
+def differentiating() -> Generator[None]:
     """Say of a decoder that writes to itself, as batch normalisation in training mode does, what is the matter.
 
     Yields:
@@ -128,6 +128,7 @@ def differentiating() -> Iterator[None]:
 
     Raises:
         UnsupportedError: If ``torch.func`` met such a write inside.
+        RuntimeError: Any other, as it came.
     """
     try:
         yield
