@@ -5,12 +5,12 @@ and of Fashion-MNIST each (the first 500 test images test). Grey levels in [0, 1
 scale: under binary pixels of small images the posteriors cannot be told apart.
 
 Every method trains the same decoder; the encoder differs only in how many numbers it gives. A tenth of the training
-rows validates: it sets the noise scale, and training ends where its objective was best, after 30 epochs without a better
-one or 300 in all (images: 20). "bound" is the mean ELBO of test rows by the method's own code posterior, "log p(x), own"
-the importance-sampled log-likelihood with that posterior as the proposal, "log p(x)" the same with one proposal for all,
-the Laplace posterior of the code after 16 steps; "gap" is the latter less the bound, and "ESS" the median share of
-effective draws; all in nats a row. "after the fact" is the VAE of the first row with that Laplace posterior in its
-encoder's place. Sizes and rates were fixed before any of these networks was trained.
+rows validates: it sets the noise scale, and training ends where its objective was best, after 30 epochs without a
+better one or 300 in all (images: 20). "bound" is the mean ELBO of test rows by the method's own code posterior, "log
+p(x), own" the importance-sampled log-likelihood with that posterior as the proposal, "log p(x)" the same with one
+proposal for all, the Laplace posterior of the code after 16 steps; "gap" is the latter less the bound, and "ESS" the
+median share of effective draws; all in nats a row. "after the fact" is the VAE of the first row with that Laplace
+posterior in its encoder's place. Sizes and rates were fixed before any of these networks was trained.
 
 Expected on the digits (checked at the end, over three seeds): EXPECTED
 Runtime: RUNTIME
