@@ -70,3 +70,10 @@ def test_code_size(tmp_path):
     assert records.mean(method="dense", **linear) == 4
     assert records.mean(method="training rows", **linear) == 5  # the largest that was tried
     assert {row.setting for row in records.rows if row.data == "digits"} >= {"code 1", "code 16", "all sizes", "choice"}
+
+
+@pytest.mark.slow
+def test_few_labels(tmp_path):
+    records = run("few_labels.py", tmp_path, row="| M2, all rows")
+    assert {row.setting for row in records.rows} == {"code 2, neighbours", "code 2, probe", "code 2, Bayes"}
+    assert records.mean(method="pixels", setting="code 2, neighbours", metric="accuracy 1") > 0.4
