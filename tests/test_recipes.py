@@ -77,3 +77,14 @@ def test_few_labels(tmp_path):
     records = run("few_labels.py", tmp_path, row="| M2, all rows")
     assert {row.setting for row in records.rows} == {"code 2, neighbours", "code 2, probe", "code 2, Bayes"}
     assert records.mean(method="pixels", setting="code 2, neighbours", metric="accuracy 1") > 0.4
+
+
+@pytest.mark.slow
+def test_posterior_families(tmp_path):
+    records = run("posterior_families.py", tmp_path, row="| VAE")
+    where = {"data": "digits", "setting": "test", "seed": 0}
+    bounds = {row.method: row.value for row in records.rows if row.metric == "bound"}
+    assert len(bounds) == 18
+    after = records.mean(method="VAE, Laplace after the fact", metric="bound", **where)
+    assert after > bounds["VAE"] + 1
+    assert records.mean(method="IWAE 16", metric="gap", **where) > records.mean(method="VAE", metric="gap", **where)
