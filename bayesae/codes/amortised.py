@@ -42,6 +42,8 @@ class Amortised:
     Exact when: the true posterior of the code is a Normal of the family, as of a linear Gaussian decoder ("full", and
         "rank_one" with a code of two).
     Biased when: read as a posterior: it is the best of its family for the encoder, too narrow for a diagonal.
+        u and -u of "rank_one" are one law, and an encoder may end with one for some rows and the other for others, 0
+        between them: begin with u of about 1 for all rows (its weights 0 in the last layer, its biases 1 or -1).
         "path" is unbiased for one draw; of several, `objectives.iwae` needs `objectives.dreg`.
     Cost: K passes through the decoder and one through the encoder; "full" Z^2 numbers a row more.
 
