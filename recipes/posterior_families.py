@@ -238,7 +238,7 @@ FIGURE_METHODS = {
 
 def draw(config: Config, world: World, seed: int, path: Path) -> None:
     """Codes of two dimensions: one decoder, the exact posterior of three rows on a grid, every q trained to it."""
-    small, n_pixels = replace(config, n_latents=2), world.train.shape[1]
+    small, n_pixels = replace(config, n_latents=2, epochs=max(1, config.epochs // 3)), world.train.shape[1]
     weighted = METHODS["IWAE 16"]
     teacher = network(small, weighted, n_pixels, seed)
     train(teacher, weighted.codes(2), weighted, world, small, seed)
