@@ -114,8 +114,8 @@ def network(
     likelihood = bae.likelihoods.Gaussian(scale)
     if scale is None:
         return bae.Autoencoder(encoder, decoder, likelihood)
-    parts = (bae.nets.Conditional(part, N_CLASSES) for part in (encoder, decoder))
-    return bae.Autoencoder(*parts, likelihood, data_shape=(n_pixels,))
+    encoder, decoder = (bae.nets.Conditional(part, N_CLASSES) for part in (encoder, decoder))
+    return bae.Autoencoder(encoder, decoder, likelihood, data_shape=(n_pixels,))
 
 
 def by_codes(
@@ -140,10 +140,10 @@ def by_weights(model: bae.Autoencoder, train: Rows, test: Rows, n_draws: int, se
         predictive = bae.Predictive(model, weights, linearised=linearised)
         # one call, so that all rows meet the same weights
         latents = predictive(torch.cat([train.x, test.x]), n_weight_draws=n_draws, seed=seed).latents[0]
-        parts = latents.split([len(train.x), len(test.x)], 1)
-        found[f"AE, Laplace over weights{name}: draws"] = Codes(*parts)
+        first, second = latents.split([len(train.x), len(test.x)], 1)
+        found[f"AE, Laplace over weights{name}: draws"] = Codes(first, second)
         if linearised:
-            found["AE, Laplace over weights: one classifier a draw"] = Codes(*parts, is_joint=True)
+            found["AE, Laplace over weights: one classifier a draw"] = Codes(first, second, is_joint=True)
     return found
 
 
@@ -166,12 +166,12 @@ def represent(config: Config, n_latents: int, train: Rows, test: Rows, seed: int
         "VAE, Laplace over code": (vae, after),
     }
     with torch.no_grad():
-        found["AE"] = Codes(*(plain.live().encode(rows.x) for rows in (train, test)))
+        found["AE"] = Codes(plain.live().encode(train.x), plain.live().encode(test.x))
     found |= by_weights(plain, train, test, config.n_draws, seed)
     for name, (model, posterior) in posteriors.items():
         means, draws = by_codes(model, posterior, train, test, config.n_draws, seed)
         found |= {f"{name}: means": means, f"{name}: draws": draws}
-    return found, float(vae.likelihood.noise_var) ** 0.5
+    return found, float(vae.likelihood.variance(train.x[:1]).mean()) ** 0.5
 
 
 def predict(kind: str, value: float, x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
