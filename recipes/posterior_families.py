@@ -13,8 +13,13 @@ median share of effective draws; all in nats a row. "after the fact" is the VAE 
 posterior in its encoder's place. "to the end" has no validation: 300 epochs, noise of the training rows. Sizes and
 rates were fixed before any of these networks was trained.
 
-Expected on the digits (checked at the end, over three seeds): EXPECTED
-Runtime: RUNTIME
+Expected on the digits (checked at the end, in each of three seeds): of the claims below those about the Variational
+Laplace autoencoder (5.2 to 5.7 nats over the VAE), importance weighting (5.2 to 6.1) and planar flows (2.0 to 4.4) hold
+in every seed. PIWAE stays within 0.6 nats of IWAE by the common evaluator but not by its own proposal, of ten effective
+draws (-0.8 to -0.1). Laplace after the fact raises the bound of the validated VAE by 3.7 to 4.0 nats, which is 87 % of
+its gap and less than the 4 that were claimed for a VAE trained to the end (there 5.1 to 6.2). An autoregressive flow
+and a full covariance lose to the plain VAE at this number of rows.
+Runtime: digits about 25 minutes of one core a seed, an image set of all methods about as long; ``--fast`` a minute.
 """
 
 from __future__ import annotations
@@ -207,6 +212,7 @@ CLAIMS = [
     ("its bound, 4 steps over 1", "Variational Laplace, 4 steps", "bound", "Variational Laplace, 1 step", 0.0),
     ("IWAE 16 over the VAE", "IWAE 16", "log p(x), own", "VAE", 3.0),
     ("PIWAE's log-likelihood over IWAE's", "PIWAE (4, 4)", "log p(x), own", "IWAE 16", -0.6),
+    ("the same, common evaluator", "PIWAE (4, 4)", "log p(x)", "IWAE 16", -0.6),
     ("PIWAE's bound over IWAE's", "PIWAE (4, 4)", "bound", "IWAE 16", 0.0),
     ("planar x 10 over the VAE", "planar x 10", "log p(x), own", "VAE", 1.5),
     ("Laplace after the fact over the VAE's bound", AFTER["VAE"], "bound", "VAE", 4.0),
@@ -340,6 +346,11 @@ def main() -> None:
             draw(config, worlds[-1], flags.seeds[-1], flags.figures / "posterior_families.png")
     print(report.table(records, settings=["test"]))
     print("Claims that fail:", "; ".join(failed) or "none")
+    if not flags.fast and not flags.full and flags.methods is None:
+        gain = {"data": "digits", "setting": "claim", "metric": "gain"}
+        records.expect(5.5, 1.0, method=CLAIMS[0][0], **gain)
+        records.expect(5.8, 1.0, method=CLAIMS[2][0], **gain)
+        records.expect(3.0, 1.5, method="planar x 10 over the VAE", **gain)
 
 
 if __name__ == "__main__":
