@@ -335,22 +335,23 @@ def draw(config: Config, first: dict[str, Codes], records: report.Records, path:
         given = first[name]
         centres = first[mean].test[0]
         axes.scatter(*centres.T, c=test[1][: config.n_test], cmap=colours, vmin=0, vmax=9, s=6, alpha=0.25)
+        axes.set(title=name, xlabel="$z_1$", ylabel="$z_2$", xlim=axes.get_xlim(), ylim=axes.get_ylim())
         for label, row in enumerate(rows):
             axes.plot(*given.train[:, row].T, ".", color=colours(label), markersize=6, markeredgecolor="black", mew=0.4)
-        limit = 1.2 * float(centres.abs().max())
-        axes.set(title=name, xlabel="$z_1$", ylabel="$z_2$", xlim=(-limit, limit), ylim=(-limit, limit))
     small, large = f"code {config.n_latents[0]}, ", f"code {config.n_latents[-1]}, "
     panels = ((small + "neighbours", "accuracy"), (large + "probe", "accuracy"), (large + "probe", "NLL"))
     for axes, (setting, metric) in zip(grid[1], panels, strict=True):
         curves = [(setting, name, style) for name, style in LINES.items()]
-        curves += [(large + "Bayes", name, style) for name, style in BAYES.items() if setting != panels[0][0]]
+        if setting == large + "probe":
+            curves += [(large + "Bayes", name, style) for name, style in BAYES.items()]
         for where, name, (colour, style) in curves:
             values = [records.mean(setting=where, method=name, metric=f"{metric} {n}") for n in config.n_labels]
+            values = [1 - value for value in values] if metric == "accuracy" else values
             axes.plot(config.n_labels, values, style, color=colour, marker=".", label=name)
-        axes.set(title=setting.replace("neighbours", "nearest neighbours"), xlabel="labels a class", xscale="log")
-        axes.set_ylabel("NLL of the label (nats a row)" if metric == "NLL" else metric)
-        axes.set_yscale("log" if metric == "NLL" else "linear")
-    grid[1, 1].legend(fontsize="small", frameon=False)
+        axes.set(title=setting, xlabel="labels a class", xscale="log", yscale="log")
+        axes.set_ylabel("share of test rows wrong" if metric == "accuracy" else "NLL of the label (nats a row)")
+        axes.set_xticks(config.n_labels, [str(n) for n in config.n_labels])
+    figure.legend(*grid[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(f"{config.n_draws} draws of the code of ten training rows over the mean codes of test rows (above)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
