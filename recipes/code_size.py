@@ -16,7 +16,16 @@ the likelihood itself; BIC (of the free weights, DZ + D - Z (Z - 1) / 2); Minka'
 ``n_components="mle"``); and the columns that `evaluation.CodeRelevance` leaves of the largest model. Log-likelihoods of
 (b) and (c) are importance-sampled with ``codes.Laplace`` as the proposal of every model, nats an image.
 
-EXPECTED
+Expected over ten seeds, three of images (checked at the end). (a) On clear data the evidence picks 4 in all ten seeds,
+with every structure, as BIC, Minka and held-out rows do; relevance in 9 (± 1.5), the likelihood of the training rows
+never: it takes 8. On faint data "dense" picks 4 in 8 (± 2), Minka and outer products in 7, BIC and the diagonal in 6,
+relevance in 3, 500 more rows in 9 (± 2). (b) On digits the evidence picks 8 each time and validation rows 8 to 32,
+because likelihoods hardly differ from 8 on: 23.0 and 23.5 nats a test image (± 1.5); the rank correlation of evidence
+and validation likelihood is 0.87 ± 0.12. Relevance leaves 9 of 32. (c) On Fashion-MNIST all agree on 32, the largest,
+with a rank correlation of 1.00 ± 0.06; relevance leaves 24. So on data of a known dimension the evidence needs no
+held-out rows. On images, where 2000 steps overfit at no size, it is no better a guide than the training rows' own
+likelihood, and errs towards small codes.
+Runtime: about forty minutes on one core of a busy machine; ``--fast`` about half a minute.
 """
 
 from __future__ import annotations
@@ -289,7 +298,19 @@ def main() -> None:
         records.save(flags.json)
     draw(linear, images, config, flags.figures / "code_size.png")
     if not flags.fast:
-        records.expect(1.0, 0.1, setting="clear", method="dense", metric="true")
+        for setting, method, value, tolerance in (
+            ("clear", "dense", 1.0, 0.1),
+            ("clear", "held-out rows", 1.0, 0.1),
+            ("clear", "relevance", 0.9, 0.15),
+            ("clear", "training rows", 0.0, 0.1),
+            ("faint", "dense", 0.8, 0.2),
+            ("faint", "held-out rows", 0.9, 0.2),
+        ):
+            records.expect(value, tolerance, setting=setting, method=method, metric="true")
+        for data, value, tolerance in (("digits", 0.87, 0.12), ("fashion-mnist", 1.0, 0.06)):
+            records.expect(value, tolerance, data=data, method="evidence", metric="rank correlation")
+        for method, value in (("evidence", 23.0), ("validation log p", 23.5)):
+            records.expect(value, 1.5, data="digits", setting="choice", method=method, metric="test log p")
 
 
 if __name__ == "__main__":
