@@ -52,7 +52,7 @@ __all__ = ["IntegratedEvidence", "integrated_evidence"]
 
 Structure = Literal["dense", "outer_product", "diagonal"]
 
-_MAX_WEIGHTS = 8192  # of a dense matrix, and the QR of as many columns
+_MAX_WEIGHTS = 8192  # of a (P, P) matrix, half a gigabyte
 _DEAD = 1e-2  # a column shorter than a tenth of the prior's standard deviation of one weight has no orbit of its own
 _TOLERANCE, _MAX_STEPS = 1e-10, 500
 
@@ -128,11 +128,12 @@ def integrated_evidence(
         The evidence and its parts. It warns where the effective sample size is near 1 for a tenth of the rows.
 
     Exact when: no exact case: Laplace's error is O(1 / N). Of a linear decoder with Gaussian noise and q the true
-        posterior, log-likelihoods are exact for any K and G and scores to their Monte-Carlo error.
+        posterior, log-likelihoods are exact for any K, scores (and with them "outer_product" and "diagonal") for an
+        even K of at least 4 Z, and "dense" is to its Monte-Carlo error, of which a share of about 1 / K is bias.
     Biased when: N is not many times P: "outer_product" is then too small (under-estimated penalties, large codes:
         about P^2 / 4N nats). "diagonal" over-states the determinant, leaves rotations to the prior, and with it sees no
         cost in a column that is 0: a code that training has switched off is free, and equal evidences are to be read
-        as the smaller code. Outer products of K draws contain 1 / K of what codes hide. Where a column of W_1 is
+        as the smaller code. Outer products of K unmatched draws contain 1 / ESS of what codes hide. Where a column of W_1 is
         about as short as its posterior is wide, Laplace fails for any structure: the model is singular there.
     Cost: "dense" P Hessian columns of N K codes; the others a gradient a row.
 
