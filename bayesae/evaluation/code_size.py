@@ -133,8 +133,8 @@ def integrated_evidence(
     Biased when: N is not many times P: "outer_product" is then too small (under-estimated penalties, large codes:
         about P^2 / 4N nats). "diagonal" over-states the determinant, leaves rotations to the prior, and with it sees no
         cost in a column that is 0: a code that training has switched off is free, and equal evidences are to be read
-        as the smaller code. Outer products of K unmatched draws contain 1 / ESS of what codes hide. Where a column of W_1 is
-        about as short as its posterior is wide, Laplace fails for any structure: the model is singular there.
+        as the smaller code. Outer products of K unmatched draws contain 1 / ESS of what codes hide. Where a column of
+        W_1 is about as short as its posterior is wide, Laplace fails for any structure: the model is singular there.
     Cost: "dense" P Hessian columns of N K codes; the others a gradient a row.
 
     Raises:
