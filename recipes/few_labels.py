@@ -1,15 +1,16 @@
 """Few labels: do draws of the code, or the unlabelled rows, make more of 1, 10 or 100 labels a class?
 
-Data: scikit-learn's digits (embedded), or with ``--full`` 10,000 images; 1, 10 and 100 labels a class, in several random
-choices of the labelled rows for each seed.
+Data: scikit-learn's digits (embedded), or with ``--full`` 10,000 images; 1, 10 and 100 labels a class, in several
+random choices of the labelled rows for each seed.
 
 Codes are learnt without labels: a plain autoencoder, a VAE, a Variational Laplace autoencoder; and after the fact a
 Laplace posterior over the plain autoencoder's weights (linearised or run as networks), or over the code of plain
 autoencoder and VAE. Labels come in afterwards: nearest neighbours and a linear probe on code means or on draws of the
-code (each labelled row K times; test probabilities averaged over K draws). Neighbours and the probe's penalty are chosen
-by two-fold cross-validation within the labelled rows. Last, networks that take labels as their context classify by
-Bayes' rule with log p(x | y), trained on the labelled rows alone or on all rows with labels drawn for the others. The
-table has accuracy, the negative log-likelihood of the test labels and the calibration error of their probabilities.
+code (each labelled row K times; test probabilities averaged over K draws). Neighbours and the probe's penalty are
+chosen by two-fold cross-validation within the labelled rows. Last, networks that take labels as their context
+classify by Bayes' rule with log p(x | y), trained on the labelled rows alone or on all rows with labels drawn for the
+others. The table has accuracy, the negative log-likelihood of the test labels and the calibration error of their
+probabilities.
 
 No expected numbers are asserted yet: the run over three seeds is still to be recorded.
 """
