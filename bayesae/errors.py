@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BayesAEError",
     "DataError",
+    "DivergedError",
     "FileError",
     "NonFiniteError",
     "NotFittedError",
@@ -27,7 +28,7 @@ class BayesAEError(Exception):
         self.expected, self.got, self.fix = expected, got, fix
         super().__init__(f"expected {expected}; got {got}. {fix}")
 
-    def __reduce__(self) -> tuple[type[BayesAEError], tuple[str, str, str]]:
+    def __reduce__(self) -> tuple[type[BayesAEError], tuple[object, ...]]:
         return type(self), (self.expected, self.got, self.fix)
 
 
@@ -45,6 +46,24 @@ class FileError(BayesAEError, ValueError):
 
 class NonFiniteError(BayesAEError, ValueError):
     """NaN or infinity, in what was given or in what came out."""
+
+
+class DivergedError(NonFiniteError):
+    """A run that draws weights has left the numbers; what it collected before is not lost.
+
+    Args:
+        expected: What the run needed.
+        got: What it came to.
+        fix: What the caller can do about it.
+        posterior: The weight posterior of the draws before; None if there is none yet.
+    """
+
+    def __init__(self, expected: str, got: str, fix: str, posterior: object = None) -> None:
+        super().__init__(expected, got, fix)
+        self.posterior = posterior
+
+    def __reduce__(self) -> tuple[type[DivergedError], tuple[object, ...]]:
+        return type(self), (self.expected, self.got, self.fix, self.posterior)
 
 
 class ParameterError(BayesAEError, ValueError):

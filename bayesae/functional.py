@@ -32,6 +32,8 @@ def parameters_of(module: nn.Module) -> Params:
 def check_complete(params: Params, module: nn.Module) -> None:
     r"""Raise unless a draw names every parameter of ``module``, no other, each of shape (S, \*shape).
 
+    A draw may bring buffers of floats along, running statistics that were computed for its weights, say.
+
     Args:
         params: Draws, leaves (S, \*shape).
         module: The module that they are meant for.
@@ -41,10 +43,12 @@ def check_complete(params: Params, module: nn.Module) -> None:
         ShapeError: If a leaf lacks its leading draw axis or draws differ in number.
     """
     expected = dict(module.named_parameters())
-    missing, unknown = expected.keys() - params.keys(), params.keys() - expected.keys()
+    missing = expected.keys() - params.keys()
+    expected |= {name: value for name, value in module.named_buffers() if name in params and value.is_floating_point()}
+    unknown = params.keys() - expected.keys()
     if missing or unknown:
         raise ParameterError(
-            f"a value for each of the module's {len(expected)} parameters",
+            f"a value for each of the module's {len(dict(module.named_parameters()))} parameters",
             f"missing {sorted(missing)}, unknown {sorted(unknown)}",
             "A draw holds every parameter, frozen ones too: start from parameters_of(module).",
         )

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bayesae.distributed import add_over_ranks, n_ranks, own_rows
 from bayesae.errors import DataError, ParameterError, ShapeError, UnsupportedError
 from bayesae.functional import at_least_float32, parameters_of
+from bayesae.subset import Subset
 from bayesae.types import Batch, Likelihood, Params, WeightPrior
 
 __all__ = ["IndependentNormal", "IsotropicNormal", "LogJoint"]
@@ -160,6 +162,42 @@ class LogJoint:
         """
         rows = self.per_example(params, batch)
         return (rows.sum(-1) * (self.n_data / len(batch.x)) + self.prior.log_prob(params)) / self.temperature
+
+    def gradient(
+        self, theta: Tensor, subset: Subset, base: Params, batch: Batch, *, divides_rows: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        r"""`estimate` and its gradient in the chosen weights, of S draws at once.
+
+        Args:
+            theta: The chosen weights, (S, P), in the order of ``subset.ravel``.
+            subset: Which weights these are.
+            base: Every parameter in its own shape: what the others are.
+            batch: B rows drawn at random, the same on every rank.
+            divides_rows: Whether ranks take a share of the rows each and add up; else each has all rows, because
+                it has draws of its own.
+
+        Returns:
+            Estimates (S,), nats, and gradients (S, P) in the dtype of ``theta``; neither is checked for being finite.
+
+        Exact when: always; several ranks differ from one by rounding.
+        Cost: a forward and a backward pass of S networks.
+        """
+        params = subset.scatter(theta.detach(), base)
+        leaves = [params[name].requires_grad_() for name in subset.masks]
+        part = own_rows(batch) if divides_rows else batch
+        share = 1 / n_ranks() if divides_rows else 1.0
+        with torch.enable_grad():
+            rows = self.per_example(params, part).sum(-1) * (self.n_data / len(batch.x))
+            values = (rows + self.prior.log_prob(params) * share) / self.temperature
+            gradients = torch.autograd.grad(values.sum(), leaves)
+        chosen = subset.ravel(dict(zip(subset.masks, gradients, strict=True)))
+        if divides_rows:
+            values, chosen = add_over_ranks([values.detach(), chosen])
+        return values.detach(), chosen
+
+    def copy(self) -> LogJoint:
+        """A joint over networks, likelihood and prior of its own: for methods that move the likelihood's noise."""
+        return copy.deepcopy(self)
 
     def initialise(self) -> Params:
         """Fresh weights from the layers' own initialisation and the global generator.

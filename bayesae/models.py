@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Literal
 from weakref import WeakSet
 
@@ -115,6 +116,23 @@ class Autoencoder(nn.Module):
     def log_prior(self, latents: Tensor) -> Tensor:
         """Log p(z) under the standard Normal: (..., Z) to (...)."""
         return torch.distributions.Normal(0.0, 1.0, validate_args=False).log_prob(latents).sum(-1)
+
+    def with_noise(self, noise: Mapping[str, Tensor]) -> Autoencoder:
+        """The same networks under a likelihood of its own with other noise; this model is not touched.
+
+        Args:
+            noise: The likelihood's ``state_dict``, as a weight posterior that learned noise has it.
+
+        Returns:
+            A model that shares encoder and decoder with this one.
+        """
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        likelihood = copy.deepcopy(self.likelihood)
+        assert isinstance(likelihood, nn.Module)
+        likelihood.load_state_dict(noise)
+        other.likelihood = likelihood
+        return other
 
     def at(self, params: Params, *, is_fitting: bool = False) -> Bound:
         r"""The model at given weights; this module's own weights do not enter and are not touched.

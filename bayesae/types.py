@@ -171,7 +171,11 @@ class WeightPrior(Protocol):
 
 @runtime_checkable
 class WeightPosterior(Protocol):
-    """q(theta): a family, whatever the method that fitted it."""
+    """q(theta): a family, whatever the method that fitted it.
+
+    One that learned the likelihood's noise along with the weights has an attribute ``noise``, the likelihood's
+    ``state_dict``, which `Predictive` puts in the place of the model's.
+    """
 
     @property
     def mean(self) -> Params:

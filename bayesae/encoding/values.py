@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from bayesae import families, weights
 from bayesae.curvature import KroneckerCurvature, KroneckerFactors, Layout, RotatedBlock
 from bayesae.errors import FileError, UnsupportedError
-from bayesae.families import (
-    DenseNormal,
-    DiagonalNormal,
-    IndependentNormals,
-    KroneckerNormal,
-    LowRankNormal,
-    Particles,
-)
+from bayesae.families.base import Normal
+from bayesae.families.independent import NormalPart
 from bayesae.joint import IndependentNormal, IsotropicNormal
 from bayesae.subset import Subset
-from bayesae.weights import MAP, Ensemble, Laplace
-from bayesae.weights.structures import Dense, Diagonal, Eigencorrected, Kronecker, LowRank
+from bayesae.types import WeightPosterior
+from bayesae.weights import structures
 from bayesae.weights.structures.kronecker import _Corrected
 from bayesae.weights.structures.low_rank import _Sketch
 
@@ -71,24 +68,9 @@ _TENSOR = _Kind("a tensor of floats", lambda value: isinstance(value, Tensor) an
 _PRECISION = _Kind("a number or a tensor of floats", lambda value: _NUMBER.fits(value) or _TENSOR.fits(value))
 _MASK = _Kind("a boolean mask", lambda value: isinstance(value, Tensor) and value.dtype == torch.bool)
 _PARAMS, _INFO = _by_name(_TENSOR), _Kind("a dict", lambda value: type(value) is dict)
-_NORMAL = _instance(DiagonalNormal, KroneckerNormal, DenseNormal, LowRankNormal)
-_FAMILY = {"is_linearised": _BOOL, "info": _INFO}
 _BLOCK = _instance(RotatedBlock)
-_PATTERNS = _Kind(
-    "a Subset or patterns", lambda value: type(value) is Subset or (_several(_NAME).fits(value) and len(value) > 0)
-)
-
 # everything that a file may name: its class and what each field may be; any other name is damage
 _CLASSES: dict[str, tuple[type, dict[str, _Kind]]] = {
-    "DiagonalNormal": (DiagonalNormal, {"mean": _PARAMS, "var": _TENSOR, "subset": _instance(Subset)} | _FAMILY),
-    "KroneckerNormal": (KroneckerNormal, {"mean": _PARAMS, "blocks": _several(_BLOCK), "rest": _PARAMS} | _FAMILY),
-    "DenseNormal": (DenseNormal, {"mean": _PARAMS, "precision": _TENSOR, "subset": _instance(Subset)} | _FAMILY),
-    "LowRankNormal": (
-        LowRankNormal,
-        {"mean": _PARAMS, "diagonal": _TENSOR, "factor": _TENSOR, "subset": _instance(Subset)} | _FAMILY,
-    ),
-    "IndependentNormals": (IndependentNormals, {"parts": _several(_NORMAL)} | _FAMILY),
-    "Particles": (Particles, {"atoms": _PARAMS} | _FAMILY),
     "Subset": (Subset, {"masks": _by_name(_MASK)}),
     "Layout": (
         Layout,
@@ -114,26 +96,66 @@ _CLASSES: dict[str, tuple[type, dict[str, _Kind]]] = {
         _Sketch,
         {"probes": _TENSOR, "products": _TENSOR, "diagonal": _TENSOR, "n_passes_left": _COUNT, "rounding": _NUMBER},
     ),
-    "Dense": (Dense, {}),
-    "Diagonal": (Diagonal, {}),
-    "Eigencorrected": (Eigencorrected, {}),
-    "Kronecker": (Kronecker, {}),
-    "LowRank": (LowRank, {"rank": _COUNT, "n_passes": _COUNT}),
-    "Laplace": (
-        Laplace,
-        {
-            "structure": _instance(str, Dense, Diagonal, Eigencorrected, Kronecker, LowRank),
-            "subset": _PATTERNS,
-            "tunes_prior": _BOOL,
-            "prior_groups": _NAME,
-        },
-    ),
-    "Ensemble": (Ensemble, {"n_members": _COUNT, "epochs": _COUNT, "learning_rate": _NUMBER}),
-    "MAP": (MAP, {}),
-    "IsotropicNormal": (IsotropicNormal, {"precision": _NUMBER}),
-    "IndependentNormal": (IndependentNormal, {"precisions": _by_name(_PRECISION)}),
 }
-_NAMES = {cls: name for name, (cls, _) in _CLASSES.items()}
+
+
+def _public(module: ModuleType) -> list[type]:
+    return [cls for name in module.__all__ if is_dataclass(cls := getattr(module, name)) and isinstance(cls, type)]
+
+
+# families, methods, structures and priors: their own annotations say what a field may be
+_FAMILIES, _METHODS, _STRUCTURES = (_public(module) for module in (families, weights, structures))
+_OPEN = {cls.__name__: cls for cls in [IsotropicNormal, IndependentNormal, *_FAMILIES, *_METHODS, *_STRUCTURES]}
+_NAMES: dict[type, str] = {cls: name for name, (cls, _) in _CLASSES.items()} | {
+    cls: name for name, cls in _OPEN.items()
+}
+
+
+def _kind(hint: Any) -> _Kind:  # noqa: ANN401 - an annotation
+    """What a field of this annotation may hold."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in _PLAIN:
+        return _PLAIN[hint]
+    if origin in {Union, UnionType}:
+        kinds = [_kind(one) for one in arguments]
+        return _Kind(" or ".join(kind.what for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
+    if origin is Literal:
+        return _Kind(f"one of {list(arguments)}", lambda value: type(value) is str and value in arguments)
+    if origin in {Mapping, dict} and arguments[0] is str:
+        return _INFO if arguments[1] is float else _by_name(_kind(arguments[1]))
+    if origin in {Sequence, tuple, list}:
+        return _several(_kind(arguments[0]))
+    if hint in _PROTOCOLS:
+        return _instance(*_PROTOCOLS[hint])
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _instance(*[cls for cls in _NAMES if hint in cls.__mro__])
+    raise TypeError(f"no rule for fields of {hint}")  # of the library's own classes: a test reads them all
+
+
+_PROTOCOLS: dict[Any, list[type]] = {
+    WeightPosterior: _FAMILIES,
+    NormalPart: [cls for cls in _FAMILIES if issubclass(cls, Normal)],
+    weights.WeightInference: [cls for cls in _METHODS if hasattr(cls, "posterior")],
+    structures.Structure: _STRUCTURES,
+}
+_PLAIN: dict[Any, _Kind] = {
+    bool: _BOOL, int: _COUNT, float: _NUMBER, str: _NAME, Tensor: _TENSOR, torch.Size: _SIZE,
+    type(None): _instance(type(None)),
+}  # fmt: skip
+
+
+@cache
+def _kinds(name: str) -> dict[str, _Kind]:
+    """What each field of a class may hold; raises `TypeError` if an annotation has no rule."""
+    if name in _CLASSES:
+        return _CLASSES[name][1]
+    cls = _OPEN[name]
+    hints = get_type_hints(cls)
+    return {one.name: _kind(hints[one.name]) for one in fields(cls) if one.init}
+
+
+def _class_of(name: str) -> type:
+    return _CLASSES[name][0] if name in _CLASSES else _OPEN[name]
 
 
 def flatten(value: Any) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401 - any tree of the kinds below
@@ -207,9 +229,9 @@ class _Flattening:
             return {"dict": [[key, self.encode(entry, _join(at, key), depth + 1)] for key, entry in value.items()]}
         if type(value) in _NAMES:
             name = _NAMES[type(value)]
-            parts = {key: self.encode(getattr(value, key), _join(at, key), depth + 1) for key in _CLASSES[name][1]}
+            parts = {key: self.encode(getattr(value, key), _join(at, key), depth + 1) for key in _kinds(name)}
             return {"class": name, "fields": parts}
-        expected = f"numbers, strings, tensors, lists, dicts, or one of {', '.join(_CLASSES)}"
+        expected = f"numbers, strings, tensors, lists, dicts, or one of {', '.join(_NAMES.values())}"
         raise UnsupportedError(expected, f"{type(value).__name__} at {at!r}", "It cannot go into a file.")
 
     def _tensor(self, value: Tensor, at: str) -> dict[str, Any]:
@@ -266,7 +288,7 @@ class _Unflattening:
                     return tuple(self.decode(entry, depth + 1) for entry in entries)
                 case [("dict", list(pairs))]:
                     return self._dict(pairs, depth)
-                case [("class", str(name)), ("fields", dict(parts))] if name in _CLASSES:
+                case [("class", str(name)), ("fields", dict(parts))] if name in _CLASSES or name in _OPEN:
                     return self._instance(name, parts, depth)
         raise FileError("a value that `flatten` writes", short(node), _DAMAGED)
 
@@ -285,7 +307,7 @@ class _Unflattening:
         return result
 
     def _instance(self, name: str, parts: dict[str, Any], depth: int) -> Any:  # noqa: ANN401
-        cls, kinds = _CLASSES[name]
+        cls, kinds = _class_of(name), _kinds(name)
         if parts.keys() != kinds.keys():
             raise FileError(f"fields {list(kinds)} of {name}", f"{short(list(parts))}", _DAMAGED)
         values = {key: self.decode(part, depth + 1) for key, part in parts.items()}

@@ -1,10 +1,20 @@
 """Families: what q(theta) is, whatever the method that fitted it."""
 
 from bayesae.families.dense import DenseNormal
+from bayesae.families.factor import FactorNormal
 from bayesae.families.independent import IndependentNormals
 from bayesae.families.kronecker import KroneckerNormal
 from bayesae.families.low_rank import LowRankNormal
 from bayesae.families.normals import DiagonalNormal
-from bayesae.families.particles import Particles
+from bayesae.families.particles import Chains, Particles
 
-__all__ = ["DenseNormal", "DiagonalNormal", "IndependentNormals", "KroneckerNormal", "LowRankNormal", "Particles"]
+__all__ = [
+    "Chains",
+    "DenseNormal",
+    "DiagonalNormal",
+    "FactorNormal",
+    "IndependentNormals",
+    "KroneckerNormal",
+    "LowRankNormal",
+    "Particles",
+]

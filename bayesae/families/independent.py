@@ -12,18 +12,24 @@ from bayesae import random
 from bayesae.functional import stack_draws
 from bayesae.types import Params
 
-__all__ = ["IndependentNormals"]
+__all__ = ["IndependentNormals", "NormalPart"]
 
 
-class _Normal(Protocol):
+class NormalPart(Protocol):
+    """What a part has to be: a Normal family."""
+
     @property
-    def mean(self) -> Params: ...
+    def mean(self) -> Params:
+        """Mean of every parameter, in its own shape."""
+        ...
 
-    def sample(self, n: int) -> Params: ...
+    def sample(self, n: int) -> Params:
+        r"""Draws of every parameter, leaves (S = n, \*shape)."""
+        ...
 
-    def output_variance(
-        self, network: nn.Module, x: Tensor, chunk_size: int | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+    def output_variance(self, network: nn.Module, x: Tensor, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+        r"""Outputs at the mean and their variance in the linearised network, both (B, \*O)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class IndependentNormals:
     Cost: of the parts, one after the other.
     """
 
-    parts: Sequence[_Normal]
+    parts: Sequence[NormalPart]
     is_linearised: bool = True
     info: Mapping[str, float] = field(default_factory=dict)
 

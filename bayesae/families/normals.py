@@ -28,6 +28,7 @@ class DiagonalNormal(Normal):
         subset: Which weights these are.
         is_linearised: Whether predictions should linearise the network around the mean.
         info: What the fit had to say, by name.
+        noise: The likelihood's ``state_dict`` where noise was learned along with the weights.
 
     Exact when: the posterior is Normal and the weights are independent under it.
     Cost: memory of two sets of weights; a draw costs P random numbers.
@@ -44,6 +45,7 @@ class DiagonalNormal(Normal):
     subset: Subset
     is_linearised: bool = False
     info: Mapping[str, float] = field(default_factory=dict)
+    noise: Params | None = None
 
     def __post_init__(self) -> None:
         self.subset.check(self.mean)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from bayesae.errors import ShapeError
 from bayesae.functional import check_finite, n_draws
 from bayesae.types import Params
 
-__all__ = ["Particles"]
+__all__ = ["Chains", "Particles"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +73,36 @@ class Particles:
         if n % n_atoms:
             order = torch.cat([order, torch.randperm(n_atoms)[: n % n_atoms]])
         return {name: leaf[order.to(leaf.device)] for name, leaf in self.atoms.items()}
+
+
+@dataclass(frozen=True)
+class Chains(Particles):
+    r"""`Particles` that Markov chains have visited, chain after chain: all draws of the first one, then the second.
+
+    Args:
+        atoms: Every parameter, leaves (M, \*shape), M = n_chains times the draws that each has kept.
+        is_linearised: False, as of all particles.
+        info: What the run had to say, by name.
+        n_chains: C.
+        log_joint: Estimates of log p(D, theta) / T at each kept draw, (C, M / C), nats: minus the energy.
+
+    Raises:
+        ShapeError: If M is no multiple of ``n_chains``, or the trace does not fit; else as `Particles`.
+    """
+
+    n_chains: int = 1
+    log_joint: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = n_draws(self.atoms)
+        if self.n_chains < 1 or n % self.n_chains:
+            fix = "All chains keep the same number of draws."
+            raise ShapeError(f"draws of {self.n_chains} chains, the same number each", f"{n}", fix)
+        shape = (self.n_chains, n // self.n_chains)
+        if self.log_joint is not None and self.log_joint.shape != shape:
+            raise ShapeError(f"a trace {shape}", f"{tuple(self.log_joint.shape)}", "One number a kept draw.")
+
+    def by_chain(self, values: Tensor) -> Tensor:
+        r"""Values (M, ...) of all draws as (C, M / C, ...): what convergence is judged on."""
+        return values.unflatten(0, (self.n_chains, -1))

@@ -10,16 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesae import likelihoods
+from bayesae import families, likelihoods
 from bayesae.errors import BayesAEError, FileError, ShapeError, UnsupportedError
-from bayesae.families import (
-    DenseNormal,
-    DiagonalNormal,
-    IndependentNormals,
-    KroneckerNormal,
-    LowRankNormal,
-    Particles,
-)
+from bayesae.families import IndependentNormals, Particles
 from bayesae.files.codes import check_codes, code_tree, codes_of
 from bayesae.files.networks import DAMAGED, PART, REFUSALS, build, expect, fill, network_of, network_tree
 from bayesae.functional import dtype_of
@@ -40,7 +33,7 @@ _TREE = {
     "data_shape": (tuple, type(None)),
     "dtype": (str,),
     "training": (list,),
-    "weights": (DiagonalNormal, KroneckerNormal, DenseNormal, LowRankNormal, IndependentNormals, Particles),
+    "weights": tuple(getattr(families, name) for name in families.__all__),
     "codes": (str, dict, type(None)),
     "linearised": (bool, type(None)),
 }

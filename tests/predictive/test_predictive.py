@@ -181,7 +181,7 @@ def test_what_is_not_sampled_is_exact(model, rows):
 def test_blocks_of_weight_draws_change_nothing(model, rows, monkeypatch):
     predictive = bae.Predictive(model, normal(model))
     whole = predictive(rows, seed=2, n_weight_draws=7)
-    monkeypatch.setattr("bayesae.predictive._NUMBERS_OF_WEIGHTS", 1)  # one draw at a time
+    monkeypatch.setattr("bayesae.predictive.predictive._NUMBERS_OF_WEIGHTS", 1)  # one draw at a time
     assert_close(
         predictive(rows, seed=2, n_weight_draws=7).log_likelihood, whole.log_likelihood, rtol=1e-10, atol=1e-10
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -22,12 +21,12 @@ from bayesae.draws import Draws, Moments, concatenate_rows, concatenate_weight_d
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
 from bayesae.models import Autoencoder
-from bayesae.types import Batch, Likelihood, Params, WeightPosterior
+from bayesae.predictive.streams import Pool, check_chunk, check_size, linearise
+from bayesae.types import Batch, Params, WeightPosterior
 
 __all__ = ["Predictive"]
 
 _N_DRAWS = 32  # of a continuous posterior where the caller does not say
-_ROWS_AT_ONCE = 4096  # network rows (weight draws times code draws times data rows) in one call
 _NUMBERS_OF_WEIGHTS = 2**24  # in one block of weight draws, 64 MB in float32
 
 
@@ -43,7 +42,8 @@ class Predictive:
     .. math:: p(x \mid D) = \iint p(x \mid z, \theta)\, q(z \mid x, \theta)\, q(\theta)\, dz\, d\theta
 
     Args:
-        model: The autoencoder, in evaluation mode.
+        model: The autoencoder, in evaluation mode; of a posterior that learned noise along with the weights, the same
+            networks with that noise.
         weights: q(theta) from `fit_weights`, or any family.
         codes: q(z | x, theta); the plain encoder if None.
         linearised: Replace outputs by their first-order expansion in theta around the posterior's mean (in natural
@@ -65,6 +65,8 @@ class Predictive:
             raise UnsupportedError("a continuous posterior to linearise", "particles", "Use linearised=False.")
         mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
         check_complete(mean, self.model.network)
+        if (noise := getattr(self.weights, "noise", None)) is not None:
+            object.__setattr__(self, "model", self.model.with_noise(noise))
         self.model.at(mean)
 
     @property
@@ -109,7 +111,7 @@ class Predictive:
             NonFiniteError: If an observed entry or a log-density is not finite.
             UnsupportedError: If the network or the code does not allow what is asked.
         """
-        size = _chunk(chunk_size)
+        size = check_chunk(chunk_size)
         rows = self._rows(x, mask, seed)
         with random.scope(seed, rows.x.device):
             blocks = []
@@ -159,7 +161,7 @@ class Predictive:
             NonFiniteError: If an observed entry or a moment is not finite.
             UnsupportedError: If the network or the code does not allow what is asked.
         """
-        size = _chunk(chunk_size)
+        size = check_chunk(chunk_size)
         rows = self._rows(x, mask, seed)
         has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
         moments = None
@@ -205,7 +207,7 @@ class Predictive:
         Returns:
             What was measured, (S, N, ...) each. Raises as a call does.
         """
-        size, rows = _chunk(chunk_size), self._rows(x, mask, seed)
+        size, rows = check_chunk(chunk_size), self._rows(x, mask, seed)
         total, is_hidden = self._n_draws(n_weight_draws) * len(rows.x), None if progress is None else not progress
         with random.scope(seed, rows.x.device), tqdm(total=total, unit="rows", disable=is_hidden) as bar:
             blocks = []
@@ -246,7 +248,7 @@ class Predictive:
             if not self.is_linearised:
                 outputs = self.model.at(params).decode(z.expand(n_draws(params), *z.shape), given)
             else:
-                outputs = _linearise(lambda p: (self.model.at(p).decode(z[None], given),), mean, params)[0][:, 0]
+                outputs = linearise(lambda p: (self.model.at(p).decode(z[None], given),), mean, params)[0][:, 0]
             return self.model.likelihood.mean(outputs)
 
         return decode
@@ -299,7 +301,7 @@ class Predictive:
             assert draws.outputs is not None
             return (draws.latents, draws.outputs) + (() if draws.log_q is None else (draws.log_q,))
 
-        latents, outputs, *rest = (part.squeeze(2).transpose(0, 1) for part in _linearise(run, mean, params))
+        latents, outputs, *rest = (part.squeeze(2).transpose(0, 1) for part in linearise(run, mean, params))
         log_likelihood = score_outputs(self.model.likelihood, outputs, batch)
         log_prior, log_q = self.model.log_prior(latents), rest[0] if rest else None
         return Draws(latents, log_likelihood, log_prior, log_q, self.model.likelihood, outputs=outputs)
@@ -309,7 +311,7 @@ class Predictive:
         assert isinstance(self.weights, _HasOutputVariance)
         likelihood = self.model.likelihood
         outputs, variance = self.weights.output_variance(self.model.network, self.model.inputs(rows), chunk_size)
-        _check_size(likelihood, outputs.shape[1:], rows.explained)
+        check_size(likelihood, outputs.shape[1:], rows.explained)
         moments = likelihood.normal_moments(outputs, variance)
         if moments is None:
             return None
@@ -330,65 +332,8 @@ class Predictive:
                     is_point = draws.log_q is None
                     mean = likelihood.mean(draws.outputs)
                     noise = likelihood.variance(draws.outputs).mean(0)
-                    pools.setdefault(start, _Pool()).add(mean.mean(0), noise, mean.var(0, correction=0))
+                    pools.setdefault(start, Pool()).add(mean.mean(0), noise, mean.var(0, correction=0))
         # particles that each came equally often, with a code that has nothing to draw, are the whole integral
         n, n_atoms = pools[0].count, self.weights.n_atoms
         is_exact = is_point and n_atoms is not None and n % n_atoms == 0
         return concatenate_rows([pool.moments(likelihood, is_exact) for pool in pools.values()])
-
-
-class _Pool:
-    """Running means over weight draws, and the running variance of the first, by Chan's update."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, mean: Tensor, noise: Tensor, code: Tensor) -> None:
-        r"""Take in draws (S', B, \*O)."""
-        new, n_new = (mean.mean(0), noise.mean(0), code.mean(0), mean.var(0, correction=0)), len(mean)
-        if self.count == 0:
-            self.mean, self.noise, self.code, self.weights = new
-        else:
-            share = n_new / (self.count + n_new)
-            shift = new[0] - self.mean
-            self.weights = self.weights + share * (new[3] - self.weights) + share * (1 - share) * shift**2
-            self.mean = self.mean + share * shift
-            self.noise = self.noise + share * (new[1] - self.noise)
-            self.code = self.code + share * (new[2] - self.code)
-        self.count += n_new
-
-    def moments(self, likelihood: Likelihood, is_exact: bool) -> Moments:
-        """What was taken in; the error of the mean from the spread over weight draws, infinite for one draw."""
-        error = None
-        if not is_exact:
-            unknown = torch.full_like(self.mean, torch.inf)
-            error = torch.sqrt(self.weights / (self.count - 1)) if self.count > 1 else unknown
-        return Moments(self.mean, self.noise, self.code, self.weights, likelihood, error)
-
-
-def _linearise(run: Callable[[Params], tuple[Tensor, ...]], mean: Params, params: Params) -> tuple[Tensor, ...]:
-    r"""First-order expansion of ``run`` around ``mean`` (leaves (1, \*shape)), at every draw: leading axis S."""
-
-    def one(shift: Params) -> tuple[Tensor, ...]:
-        value, slope = torch.func.jvp(run, (mean,), (shift,))  # pyright: ignore[reportAssignmentType] - no aux
-        return tuple(v + s for v, s in zip(value, slope, strict=True))
-
-    shifts = {name: (params[name] - leaf)[:, None] for name, leaf in mean.items()}
-    # what is random in there is keyed on the row, and no draw of the weights is to have its own
-    return torch.func.vmap(one, randomness="same")(shifts)
-
-
-def _chunk(chunk_size: int | None) -> int:
-    if chunk_size is not None:
-        check_counts(chunk_size=chunk_size)
-    return _ROWS_AT_ONCE if chunk_size is None else chunk_size
-
-
-def _check_size(likelihood: Likelihood, output_shape: torch.Size, rows: Tensor) -> None:
-    shape = likelihood.data_shape(output_shape)
-    if math.prod(shape) != math.prod(rows.shape[1:]):
-        raise ShapeError(
-            f"outputs for rows of shape {tuple(rows.shape[1:])}",
-            f"outputs of shape {tuple(output_shape)}, which explain {tuple(shape)}",
-            "Give the decoder as many outputs as a row has numbers (times the likelihood's parameters a number).",
-        )
