@@ -125,6 +125,8 @@ def _kind(hint: Any) -> _Kind:  # noqa: ANN401 - an annotation
         return _INFO if arguments[1] is float else _by_name(_kind(arguments[1]))
     if origin in {Sequence, tuple, list}:
         return _several(_kind(arguments[0]))
+    if origin is Callable:
+        return _Kind("a name, as functions have none in a file", lambda value: False)
     if hint in _PROTOCOLS:
         return _instance(*_PROTOCOLS[hint])
     if isinstance(hint, type) and is_dataclass(hint):

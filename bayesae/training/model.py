@@ -21,11 +21,12 @@ from bayesae.joint import IsotropicNormal
 from bayesae.likelihoods import Gaussian
 from bayesae.models import Autoencoder
 from bayesae.objectives.base import Objective, climbed
+from bayesae.schedules import Schedule, as_number
 from bayesae.training.checkpoints import CheckpointFile
 from bayesae.training.identity import describe, describe_data, describe_model
 from bayesae.training.loop import Loop
 from bayesae.training.noise import learns_noise, noise_pass
-from bayesae.training.options import Schedule, Stepper, as_number, check_callable, check_prior
+from bayesae.training.options import Stepper, check_callable, check_prior
 from bayesae.types import WeightPrior
 
 __all__ = ["History", "PriorTuning", "fit_model"]

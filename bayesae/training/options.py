@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,21 +12,10 @@ from bayesae.codes import CodePosterior, modules_of
 from bayesae.errors import DataError, NonFiniteError, UnsupportedError
 from bayesae.models import Autoencoder, Bound
 from bayesae.objectives.base import Objective, at_progress, climbed
+from bayesae.schedules import Schedule, as_number, check_schedule, factor_at
 from bayesae.types import Batch, WeightPrior
 
-__all__ = [
-    "Schedule",
-    "Stepper",
-    "as_number",
-    "check_callable",
-    "check_prior",
-    "constant",
-    "cosine",
-    "one_cycle",
-]
-
-Schedule: TypeAlias = Literal["constant", "cosine", "one_cycle"] | Callable[[float], float]
-"""Factor of the learning rate as a function of the share of training that is done, in [0, 1)."""
+__all__ = ["Stepper", "check_callable", "check_prior"]
 
 
 def check_callable(**functions: object) -> None:
@@ -54,57 +41,6 @@ def check_prior(weight_prior: object) -> None:
     if weight_prior is not None and not callable(getattr(weight_prior, "log_prob", None)):
         expected, fix = "a weight prior, with log_prob(params)", "IsotropicNormal(precision) makes one of a number."
         raise UnsupportedError(expected, repr(weight_prior), fix)
-
-
-def as_number(value: object) -> float:
-    """A real number of Python, NumPy or torch as a float; NaN for anything else."""
-    number: Any = value
-    try:
-        return math.nan if isinstance(value, str) else float(number)
-    except (TypeError, ValueError, RuntimeError):  # None, an array of several, a tensor of complex numbers
-        return math.nan
-
-
-def constant(progress: float) -> float:
-    """1, whatever the progress."""
-    return 1.0
-
-
-def cosine(progress: float) -> float:
-    r"""Half a cosine from 1 to 0: :math:`\tfrac12 (1 + \cos \pi p)`.
-
-    Args:
-        progress: p, share of training that is done.
-
-    Returns:
-        The factor.
-
-    References:
-        | SGDR: Stochastic Gradient Descent with Warm Restarts (Loshchilov, Hutter, 2017); no restarts here
-    """
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def one_cycle(progress: float) -> float:
-    """Warm-up from 1/25 to 1 over the first three tenths, then down to 4e-6, both along half a cosine.
-
-    Args:
-        progress: Share of training that is done.
-
-    Returns:
-        The factor; the constants are those of ``torch.optim.lr_scheduler.OneCycleLR``.
-
-    References:
-        | Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates (Smith, Topin, 2018)
-        | Departure: momentum stays as it is.
-    """
-    if progress < _WARM_UP:
-        return _LOW + (1 - _LOW) * (1 - cosine(progress / _WARM_UP))
-    return _END + (1 - _END) * cosine((progress - _WARM_UP) / (1 - _WARM_UP))
-
-
-_WARM_UP, _LOW, _END = 0.3, 1 / 25, 1 / 25e4
-_SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine, "one_cycle": one_cycle}
 
 
 class _LowPrecision(Bound):
@@ -161,9 +97,7 @@ class Stepper:
     rates: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.schedule) and not (isinstance(self.schedule, str) and self.schedule in _SCHEDULES):
-            expected = f"a schedule, one of {list(_SCHEDULES)} or a function of the progress"
-            raise UnsupportedError(expected, repr(self.schedule), "'constant' is the default.")
+        check_schedule(self.schedule)
         if self.clip_norm is not None and not as_number(self.clip_norm) > 0:
             raise DataError("a positive clip_norm", repr(self.clip_norm), "Leave it out to clip nothing.")
         dtypes = (self.autocast, self.model.reference.dtype)
@@ -232,10 +166,6 @@ class Stepper:
         return self.model.live() if self.autocast is None else _LowPrecision(self.model, self.autocast)
 
     def _set_rates(self, progress: float) -> None:
-        schedule = self.schedule if callable(self.schedule) else _SCHEDULES[self.schedule]
-        given = schedule(progress)
-        factor = as_number(given)
-        if not 0 <= factor < math.inf:
-            raise DataError("a schedule of factors of at least 0", f"{given!r} at {progress}", "1 is the full rate.")
+        factor = factor_at(self.schedule, progress)
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor

@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import bayesae as bae
-from bayesae.training.options import constant, cosine, one_cycle
+from bayesae.schedules import constant, cosine, one_cycle
 from tests.conftest import small_model
 
 
