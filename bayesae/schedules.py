@@ -86,7 +86,7 @@ def factor_at(schedule: Schedule, progress: float) -> float:
     return factor
 
 
-def check_schedule(schedule: object) -> Callable[[float], float]:
+def check_schedule(schedule: Any) -> Callable[[float], float]:  # noqa: ANN401 - a name, a function, or neither
     """The function that a schedule is; raises `UnsupportedError` if it is neither a name nor a function."""
     if callable(schedule):
         return schedule
