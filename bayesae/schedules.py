@@ -88,9 +88,9 @@ def factor_at(schedule: Schedule, progress: float) -> float:
 
 def check_schedule(schedule: Any) -> Callable[[float], float]:  # noqa: ANN401 - a name, a function, or neither
     """The function that a schedule is; raises `UnsupportedError` if it is neither a name nor a function."""
-    if callable(schedule):
-        return schedule
-    if not (isinstance(schedule, str) and schedule in _SCHEDULES):
+    if isinstance(schedule, str) and schedule in _SCHEDULES:
+        return _SCHEDULES[schedule]
+    if not callable(schedule):
         expected = f"a schedule, one of {list(_SCHEDULES)} or a function of the progress"
         raise UnsupportedError(expected, repr(schedule), "'constant' is the default.")
-    return _SCHEDULES[schedule]
+    return schedule  # pyright: ignore[reportReturnType] - what it gives is checked when it gives it
