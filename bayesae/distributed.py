@@ -13,7 +13,16 @@ from torch import distributed as dist
 
 from bayesae.types import Batch
 
-__all__ = ["add_over_ranks", "gather_members", "n_ranks", "own_members", "own_rows", "rank"]
+__all__ = [
+    "add_over_ranks",
+    "are_the_same",
+    "gather_members",
+    "n_ranks",
+    "own_members",
+    "own_rows",
+    "rank",
+    "same_seed",
+]
 
 
 def n_ranks() -> int:
@@ -71,6 +80,29 @@ def add_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
         sums.append((dtype, flat))
     pieces = {dtype: iter(flat.split([t.numel() for t in tensors if t.dtype == dtype])) for dtype, flat in sums}
     return [next(pieces[tensor.dtype]).reshape(tensor.shape) for tensor in tensors]
+
+
+def same_seed(seed: int | None) -> int | None:
+    """A seed that is the same on every rank: the given one, or without one a number that rank 0 draws.
+
+    Args:
+        seed: Of the caller; the same on every rank.
+
+    Returns:
+        It; None where there is one rank and no seed.
+    """
+    if seed is not None or n_ranks() == 1:
+        return seed
+    drawn = torch.randint(2**62, ())
+    return int(add_over_ranks([drawn if rank() == 0 else torch.zeros_like(drawn)])[0])
+
+
+def are_the_same(number: float) -> bool:
+    """Whether all ranks have the same number."""
+    numbers = torch.zeros(n_ranks(), dtype=torch.float64)
+    numbers[rank()] = number
+    numbers = add_over_ranks([numbers])[0]
+    return bool((numbers == numbers[0]).all())
 
 
 def gather_members(own: Tensor, n: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from bayesae.curvature import Linearisation
+from bayesae.distributed import add_over_ranks, own_rows
 from bayesae.errors import DataError, NotFittedError, UnsupportedError
 from bayesae.families.base import Normal
 from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
@@ -189,20 +190,21 @@ class Laplace:
         """Add the rows of one batch; begins the next pass where one is complete."""
         if self.epochs > 1:
             state = self._at_pass(state, len(batch.x), joint.n_data)
+        n_rows, batch = len(batch.x), own_rows(batch)
         hessian = joint.likelihood.output_hessian
         mask = None if batch.mask is None else joint.likelihood.output_mask(batch.mask)
         x = joint.inputs(batch)
         sums = self._structure.add(state.sums, state.linearisation, state.subset, x, hessian, mask)
         params = {name: leaf[None] for name, leaf in state.params.items()}
-        log_likelihood = float(joint.per_example(params, batch).double().sum())
+        log_likelihood = float(add_over_ranks([joint.per_example(params, batch).double().sum()])[0])
         new = replace(
             state,
             sums=sums,
             log_likelihood=state.log_likelihood + log_likelihood,
-            n_seen=state.n_seen + len(batch.x),
+            n_seen=state.n_seen + n_rows,
         )
         log_prior = float(joint.prior.log_prob(params))
-        return new, Info((log_likelihood * joint.n_data / len(batch.x) + log_prior) / joint.temperature)
+        return new, Info((log_likelihood * joint.n_data / n_rows + log_prior) / joint.temperature)
 
     def posterior(self, state: LaplaceState, joint: LogJoint) -> Normal:
         """The Normal around the mode, with its prior precision and evidence."""
@@ -234,7 +236,7 @@ class Laplace:
                 "Call update with all rows once for each of `epochs`.",
             )
         share = joint.n_data / state.n_seen
-        curvature = self._structure.finish(state.sums, state.subset, share)
+        curvature = self._structure.finish(self._structure.over_ranks(state.sums), state.subset, share)
         theta = state.subset.ravel(state.params).double()
         return MarginalLikelihood(curvature, theta, state.log_likelihood * share)
 
@@ -285,7 +287,7 @@ class Laplace:
     def _at_pass(self, state: LaplaceState, n_rows: int, n_data: int) -> LaplaceState:
         """The state that ``n_rows`` more rows belong to; raises unless a pass ends with a batch."""
         if state.n_seen == n_data and state.n_passes_done + 1 < self.epochs:
-            sums = self._structure.next_pass(state.sums, state.subset)
+            sums = self._structure.next_pass(self._structure.over_ranks(state.sums), state.subset)
             state = replace(state, sums=sums, log_likelihood=0.0, n_seen=0, n_passes_done=state.n_passes_done + 1)
         if state.n_seen + n_rows > n_data:
             raise DataError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesae.curvature import Linearisation
+from bayesae.distributed import add_over_ranks
 from bayesae.families.base import Normal
 from bayesae.subset import Subset
 from bayesae.types import HessianFunction, Params
@@ -72,6 +73,10 @@ class Structure(Protocol):
         """Sums with the rows of one more batch."""
         ...
 
+    def over_ranks(self, sums: Any) -> Any:  # noqa: ANN401
+        """Sums of this pass added over the ranks of `torch.distributed`, each of which has seen a share of its rows."""
+        ...
+
     def next_pass(self, sums: Any, subset: Subset) -> Any:  # noqa: ANN401
         """What the next pass starts from, after all rows of one."""
         ...
@@ -92,6 +97,10 @@ class OnePass:
     def next_pass(self, sums: Any, subset: Subset) -> Any:  # noqa: ANN401
         """There is none: the sums themselves."""
         return sums
+
+    def over_ranks(self, sums: Any) -> Any:  # noqa: ANN401
+        """One tensor, added."""
+        return add_over_ranks([sums])[0]
 
 
 @dataclass(frozen=True)

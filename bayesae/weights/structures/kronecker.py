@@ -16,6 +16,7 @@ from bayesae.curvature import (
     eigencorrection,
     kronecker_factors,
 )
+from bayesae.distributed import add_over_ranks
 from bayesae.errors import UnsupportedError
 from bayesae.families import KroneckerNormal
 from bayesae.families.base import Normal
@@ -67,6 +68,15 @@ class Kronecker(OnePass):
         )
         return new if sums is None else sums + new
 
+    def over_ranks(self, sums: KroneckerCurvature) -> KroneckerCurvature:
+        """Factors, their counts and the rest, added."""
+        counts = torch.tensor([b.count for b in sums.blocks.values()], dtype=torch.float64)
+        factors = [factor for b in sums.blocks.values() for factor in (b.inputs, b.outputs)]
+        counts, *added = add_over_ranks([counts.to(_device(sums)), *factors, *sums.rest.values()])
+        pairs = zip(sums.blocks.items(), added[0::2], added[1::2], counts.tolist(), strict=False)
+        blocks = {name: replace(b, inputs=i, outputs=o, count=n) for (name, b), i, o, n in pairs}
+        return KroneckerCurvature(blocks, dict(zip(sums.rest, added[2 * len(blocks) :], strict=True)))
+
     def finish(self, sums: KroneckerCurvature, subset: Subset, share: float) -> _KroneckerCurvature:
         """Eigenvalues of every product."""
         sums = sums.scaled(share)
@@ -107,6 +117,14 @@ class Eigencorrected:
         new = eigencorrection(linearisation, x, hessian, own, mask=mask)
         bases = {name: replace(basis, values=basis.values + new[name]) for name, basis in sums.bases.items()}
         return replace(sums, bases=bases)
+
+    def over_ranks(self, sums: KroneckerCurvature | _Corrected) -> KroneckerCurvature | _Corrected:
+        """Factors in the first pass; in the second the diagonals alone, the bases being those of all ranks already."""
+        if not isinstance(sums, _Corrected):
+            return Kronecker().over_ranks(sums)
+        added = add_over_ranks([basis.values for basis in sums.bases.values()])
+        pairs = zip(sums.bases.items(), added, strict=True)
+        return replace(sums, bases={name: replace(basis, values=values) for (name, basis), values in pairs})
 
     def next_pass(self, sums: KroneckerCurvature, subset: Subset) -> _Corrected:
         """Bases with nothing measured in them yet."""
@@ -209,6 +227,11 @@ def _is_chosen(name: str, factors: KroneckerFactors, subset: Subset) -> bool:
         f"Add it to subset= (and let it require gradients), e.g. subset=({name + '.*'!r},), or use "
         "structure='diagonal', 'low_rank' or 'dense'.",
     )
+
+
+def _device(sums: KroneckerCurvature) -> torch.device:
+    tensors = [*(block.inputs for block in sums.blocks.values()), *sums.rest.values()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _double(factors: KroneckerFactors) -> KroneckerFactors:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesae.curvature import Linearisation, ggn_diagonal, ggn_product
+from bayesae.distributed import add_over_ranks
 from bayesae.errors import DataError
 from bayesae.families import LowRankNormal
 from bayesae.families.base import Normal
@@ -92,6 +93,11 @@ class LowRank:
             return sums
         diagonal = ggn_diagonal(linearisation, x, hessian, mask=mask)
         return replace(sums, diagonal=sums.diagonal + subset.ravel(diagonal))
+
+    def over_ranks(self, sums: _Sketch) -> _Sketch:
+        """Products and diagonal, added."""
+        products, diagonal = add_over_ranks([sums.products, sums.diagonal])
+        return replace(sums, products=products, diagonal=diagonal)
 
     def next_pass(self, sums: _Sketch, subset: Subset) -> _Sketch:
         """The products, orthonormalised, as probes."""
