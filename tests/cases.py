@@ -17,14 +17,31 @@ from bayesae.types import Params
 
 @dataclass(frozen=True)
 class WeightCase:
+    """One row per weight method.
+
+    Args:
+        name: What tests call it.
+        build: Makes the method, of the settings that are exact in ``exact_world``.
+        exact_world: Where its marginal moments are known; None of a method whose exactness test is its own.
+        exact_variance: The variances there.
+        tolerance: Of both moments.
+        fast: Makes it with settings of a moment, for all other tests; ``build`` if None.
+        moves: Whether its draws differ from one another, as all but a point estimate's do.
+    """
+
     name: str
     build: Callable[[], Any]
-    exact_world: Callable[[], ConjugateRegression]
-    exact_variance: Callable[[ConjugateRegression], Params]
+    exact_world: Callable[[], ConjugateRegression] | None = None
+    exact_variance: Callable[[ConjugateRegression], Params] | None = None
     tolerance: dict[str, float] = field(default_factory=lambda: {"rtol": 1e-10, "atol": 1e-10})
+    fast: Callable[[], Any] | None = None
+    moves: bool = True
 
     def __str__(self):
         return self.name
+
+    def quick(self) -> Any:
+        return (self.fast or self.build)()
 
 
 def marginal_variance(world: ConjugateRegression) -> Params:
@@ -49,7 +66,7 @@ def no_variance(world: ConjugateRegression) -> Params:
 
 
 WEIGHT_CASES = [
-    WeightCase("MAP", bae.weights.MAP, ConjugateRegression.make, no_variance),
+    WeightCase("MAP", bae.weights.MAP, ConjugateRegression.make, no_variance, moves=False),
     WeightCase("Laplace", lambda: bae.weights.Laplace(tunes_prior=False), ConjugateRegression.make, marginal_variance),
     *(
         WeightCase(
@@ -73,6 +90,7 @@ WEIGHT_CASES = [
         ConjugateRegression.make,
         no_variance,
         {"rtol": 1e-4, "atol": 1e-4},
+        fast=lambda: bae.weights.Ensemble(3, epochs=2),
     ),
 ]
 
