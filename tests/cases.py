@@ -92,6 +92,21 @@ WEIGHT_CASES = [
         {"rtol": 1e-4, "atol": 1e-4},
         fast=lambda: bae.weights.Ensemble(3, epochs=2),
     ),
+    # exact in its precision alone: tests/weights/test_online_laplace.py
+    WeightCase("OnlineLaplace", lambda: bae.weights.OnlineLaplace(epochs=2)),
+    WeightCase(
+        "OnlineLaplace, exact", lambda: bae.weights.OnlineLaplace(epochs=2, curvature="exact", n_weight_draws=2)
+    ),
+    # full batches at the mode have no noise, and no spread: "Biased when" as an equality
+    *(
+        WeightCase(
+            f"SWAG of rank {rank}",
+            lambda rank=rank: bae.weights.SWAG(rank=rank, epochs=6, learning_rate=1e-3),
+            ConjugateRegression.make,
+            no_variance,
+        )
+        for rank in (0, 2)
+    ),
 ]
 
 

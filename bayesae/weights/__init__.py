@@ -4,6 +4,9 @@ from bayesae.weights.base import Info, WeightInference
 from bayesae.weights.ensemble import Ensemble
 from bayesae.weights.laplace import Laplace
 from bayesae.weights.map import MAP
+from bayesae.weights.mean_field import MeanField
+from bayesae.weights.online_laplace import OnlineLaplace
+from bayesae.weights.sgmcmc import HMC, MALA, SGHMC, SGLD, SGNHT, Cyclical, Decay, RMSProp, ScaleAdaptation
 from bayesae.weights.structures import LowRank
 from bayesae.weights.subnetworks import (
     VarianceKept,
@@ -15,13 +18,26 @@ from bayesae.weights.subnetworks import (
     reference_laplace,
     share_of_variance_kept,
 )
+from bayesae.weights.swag import SWAG
 
 __all__ = [
+    "HMC",
+    "MALA",
+    "SGHMC",
+    "SGLD",
+    "SGNHT",
+    "Cyclical",
+    "Decay",
+    "RMSProp",
+    "ScaleAdaptation",
     "MAP",
+    "SWAG",
     "Ensemble",
     "Info",
     "Laplace",
     "LowRank",
+    "OnlineLaplace",
+    "MeanField",
     "VarianceKept",
     "WeightInference",
     "largest_magnitude",
