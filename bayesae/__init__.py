@@ -39,7 +39,7 @@ from bayesae import (
 from bayesae.adapters import from_laplace
 from bayesae.draws import Draws, Moments
 from bayesae.files import load, save
-from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
+from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint, ScaleMixture
 from bayesae.models import Autoencoder, wrap
 from bayesae.predictive import Predictive
 from bayesae.subset import Subset
@@ -54,6 +54,7 @@ from bayesae.training import (
     held_out_precision,
     log_joint,
     maximise_evidence,
+    recompute_statistics,
 )
 from bayesae.types import Batch
 
@@ -76,6 +77,7 @@ __all__ = [
     "LogJoint",
     "Moments",
     "Predictive",
+    "ScaleMixture",
     "Subset",
     "adapters",
     "codes",
@@ -103,6 +105,7 @@ __all__ = [
     "ood",
     "plots",
     "random",
+    "recompute_statistics",
     "save",
     "weights",
     "wrap",

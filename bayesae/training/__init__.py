@@ -4,6 +4,7 @@ from bayesae.training.evidence import Evidence, EvidenceResult, maximise_evidenc
 from bayesae.training.held_out import HeldOut, held_out_precision
 from bayesae.training.model import History, fit_model
 from bayesae.training.noise import estimate_noise
+from bayesae.training.statistics import recompute_statistics
 from bayesae.training.weights import fit_weights, log_joint
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "held_out_precision",
     "log_joint",
     "maximise_evidence",
+    "recompute_statistics",
 ]
