@@ -13,7 +13,9 @@ from tqdm import tqdm
 from bayesae import objectives, random
 from bayesae.codes import CodePosterior, encode
 from bayesae.data import Data, check_counts, count_rows
-from bayesae.errors import DataError, UnsupportedError
+from bayesae.distributed import are_the_same, n_ranks, rank, same_seed
+from bayesae.draws import Draws
+from bayesae.errors import DataError, FileError, UnsupportedError
 from bayesae.functional import check_finite, check_is_evaluable, parameters_of
 from bayesae.joint import IsotropicNormal, LogJoint
 from bayesae.models import Autoencoder
@@ -38,9 +40,11 @@ class _RowDensity:
     codes: CodePosterior
     n_latent_draws: int
 
+    def draws(self, params: Params, batch: Batch) -> Draws:
+        return self.codes(self.model.at(params, is_fitting=True), batch, n_latent_draws=self.n_latent_draws)
+
     def __call__(self, params: Params, batch: Batch) -> Tensor:
-        bound = self.model.at(params, is_fitting=True)
-        values = climbed(self.objective, self.codes(bound, batch, n_latent_draws=self.n_latent_draws))
+        values = climbed(self.objective, self.draws(params, batch))
         if len(values) > 1:
             fix = "Fit weights under the decoder's bound alone, such as objectives.iwae."
             raise UnsupportedError("an objective that is one number a row", f"{len(values)} bounds", fix)
@@ -74,15 +78,17 @@ def log_joint(
     check_is_evaluable(model)
     check_prior(weight_prior)
     prior = IsotropicNormal() if weight_prior is None else weight_prior
+    density = _RowDensity(model, objective, codes, n_latent_draws)
     return LogJoint(
         model.network,
         model.likelihood,
-        _RowDensity(model, objective, codes, n_latent_draws),
+        density,
         prior,
         n_data,
         temperature,
         is_deterministic=codes is encode,
         inputs=model.inputs,
+        draws=density.draws,
     )
 
 
@@ -104,6 +110,10 @@ def fit_weights(
     progress: bool | None = None,
 ) -> WeightPosterior:
     r"""Fit q(theta): builds the log-joint of ``model`` and steps ``inference`` over the data.
+
+    Within a process group of `torch.distributed` (under ``torchrun``, say) all ranks call it with the same arguments and
+    get the same posterior: chains and members are spread over ranks, the rows of every batch divided where there is one
+    set of weights, and each rank keeps a checkpoint of its own (``checkpoint`` with ``.rank1`` and so on).
 
     The model is copied first and never touched. A posterior over encoder weights under an objective in which the
     code has seen x is a generalised posterior.
@@ -132,7 +142,8 @@ def fit_weights(
     Returns:
         A weight posterior of the method's family.
 
-    Exact when: a resumed run is the uninterrupted one bit for bit on a CPU; as for `fit_model`.
+    Exact when: a resumed run is the uninterrupted one bit for bit on a CPU; as for `fit_model`. Several ranks give what
+        one gives, to rounding, of a deterministic code.
     Cost: that of the method; a checkpoint is its state.
 
     Raises:
@@ -144,7 +155,7 @@ def fit_weights(
     """
     check_counts(batch_size=batch_size, n_latent_draws=n_latent_draws)
     check_callable(objective=objective, codes=codes)
-    n_data = count_rows(data, n_data)
+    n_data, seed = count_rows(data, n_data), same_seed(seed)
     if isinstance(inference, Laplace) and inference.epochs > 1 and rows_of_pass(data, n_data) != n_data:
         got = f"n_data = {n_data} for {rows_of_pass(data, n_data)} rows"
         fix = "Structures of one pass, such as 'kronecker', scale their sums to any n_data."
@@ -152,6 +163,8 @@ def fit_weights(
     frozen = copy.deepcopy(model).eval()
     params = parameters_of(frozen.network)
     check_finite(params, "weights of the model", "Did fit_model diverge?")
+    if not are_the_same(sum(float(leaf.double().sum()) for leaf in params.values())):
+        raise DataError("the same weights on every rank", "others", "Broadcast the model, or load it on each.")
     joint = log_joint(
         frozen,
         n_data,
@@ -177,8 +190,8 @@ def fit_weights(
             "values of the weights": digest(frozen.state_dict()),
         }
         arguments = {name: describe(word) for name, word in words.items()} | {"data": describe_data(data)}
-        arguments |= describe_model(frozen)
-    file = CheckpointFile(checkpoint, checkpoint_every, arguments)
+        arguments |= describe_model(frozen) | {"ranks": f"{rank()} of {n_ranks()}"}
+    file = CheckpointFile(_own_file(checkpoint), checkpoint_every, arguments)
     drawing = {"inference": inference, "objective": objective, "codes": codes, "model": frozen}
     loop = Loop(data, frozen.reference, batch_size, n_data, **drawing)
     with random.scope(seed, frozen.reference.device):
@@ -188,6 +201,9 @@ def fit_weights(
         else:
             state = inference.unpack(saved["state"], params, joint)
             loop.unpack(saved["loop"])
+        if not are_the_same(float(loop.n_steps)):
+            fix = "Remove the checkpoints of all ranks, or put back those of one moment."
+            raise FileError("checkpoints of one moment on all ranks", f"step {loop.n_steps} on one of them", fix)
 
         def pack() -> dict[str, Any]:
             return {"loop": loop.pack(), "state": inference.pack(state)}
@@ -195,6 +211,7 @@ def fit_weights(
         if saved is None:
             file.write(pack)
         name, is_hidden = f"fit_weights {type(inference).__name__}", None if progress is None else not progress
+        is_hidden = True if rank() else is_hidden
         with tqdm(total=inference.epochs, initial=loop.epoch, desc=name, disable=is_hidden) as bar:
             while loop.epoch < inference.epochs:
                 for group in loop.groups():
@@ -209,3 +226,8 @@ def fit_weights(
                 file.write(pack)
                 bar.update()
         return inference.posterior(state, joint)
+
+
+def _own_file(checkpoint: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    """Of this rank: the file itself on the first, others beside it."""
+    return checkpoint if checkpoint is None or rank() == 0 else f"{os.fspath(checkpoint)}.rank{rank()}"

@@ -193,10 +193,13 @@ class Laplace:
         n_rows, batch = len(batch.x), own_rows(batch)
         hessian = joint.likelihood.output_hessian
         mask = None if batch.mask is None else joint.likelihood.output_mask(batch.mask)
-        x = joint.inputs(batch)
-        sums = self._structure.add(state.sums, state.linearisation, state.subset, x, hessian, mask)
+        x, sums = joint.inputs(batch), state.sums
         params = {name: leaf[None] for name, leaf in state.params.items()}
-        log_likelihood = float(add_over_ranks([joint.per_example(params, batch).double().sum()])[0])
+        own = x.new_zeros((), dtype=torch.float64)
+        if len(x):  # a rank may have no row
+            sums = self._structure.add(sums, state.linearisation, state.subset, x, hessian, mask)
+            own = joint.per_example(params, batch).double().sum()
+        log_likelihood = float(add_over_ranks([own])[0])
         new = replace(
             state,
             sums=sums,

@@ -17,7 +17,7 @@ from bayesae.curvature import (
     kronecker_factors,
 )
 from bayesae.distributed import add_over_ranks
-from bayesae.errors import UnsupportedError
+from bayesae.errors import DataError, UnsupportedError
 from bayesae.families import KroneckerNormal
 from bayesae.families.base import Normal
 from bayesae.functional import check_finite
@@ -68,8 +68,10 @@ class Kronecker(OnePass):
         )
         return new if sums is None else sums + new
 
-    def over_ranks(self, sums: KroneckerCurvature) -> KroneckerCurvature:
-        """Factors, their counts and the rest, added."""
+    def over_ranks(self, sums: KroneckerCurvature | None) -> KroneckerCurvature:
+        """Factors, their counts and the rest, added; raises `DataError` on a rank that has seen no row."""
+        if sums is None:
+            raise DataError("a row on every rank", "none on one of them", "Take fewer ranks than rows of a batch.")
         counts = torch.tensor([b.count for b in sums.blocks.values()], dtype=torch.float64)
         factors = [factor for b in sums.blocks.values() for factor in (b.inputs, b.outputs)]
         counts, *added = add_over_ranks([counts.to(_device(sums)), *factors, *sums.rest.values()])
@@ -118,7 +120,7 @@ class Eigencorrected:
         bases = {name: replace(basis, values=basis.values + new[name]) for name, basis in sums.bases.items()}
         return replace(sums, bases=bases)
 
-    def over_ranks(self, sums: KroneckerCurvature | _Corrected) -> KroneckerCurvature | _Corrected:
+    def over_ranks(self, sums: KroneckerCurvature | _Corrected | None) -> KroneckerCurvature | _Corrected:
         """Factors in the first pass; in the second the diagonals alone, the bases being those of all ranks already."""
         if not isinstance(sums, _Corrected):
             return Kronecker().over_ranks(sums)
