@@ -130,8 +130,8 @@ class ScaleMixture:
         DataError: If the share or a scale is out of its range, or there are not two scales.
 
     References:
-        | Weight Uncertainty in Neural Networks (Blundell, Cornebise, Kavukcuoglu, Wierstra, 2015); the defaults are within
-          the ranges searched there
+        | Weight Uncertainty in Neural Networks (Blundell et al., 2015): the defaults are among
+          what was searched there
     """
 
     share: float = 0.5
@@ -239,7 +239,9 @@ class LogJoint:
             if len(part.x):  # a rank may have none
                 values = values + self.per_example(params, part).sum(-1) * (self.n_data / len(batch.x))
             values = values / self.temperature
-            gradients = torch.autograd.grad(values.sum(), leaves)
+            # of a flat prior and no row nothing depends on the weights
+            total = values.sum() + sum(leaf.sum() * 0 for leaf in leaves) if not len(part.x) else values.sum()
+            gradients = torch.autograd.grad(total, leaves)
         chosen = subset.ravel(dict(zip(subset.masks, gradients, strict=True)))
         if divides_rows:
             values, chosen = add_over_ranks([values.detach(), chosen])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesae.errors import BayesAEError, DataError, ShapeError, UnsupportedError
-from bayesae.functional import check_complete, check_is_evaluable, dtype_of, map_over_draws
+from bayesae.functional import check_complete, check_is_evaluable, dtype_of, map_over_draws, n_draws
 from bayesae.types import Batch, Likelihood, Params
 
 __all__ = ["Autoencoder", "Bound", "wrap"]
@@ -243,7 +243,7 @@ class Bound:
             if self.params is None:
                 return module(x[0] if x_has_draws else x, *shared)[None]
             own = self._own(name)
-            if module not in _RUN_IN_A_LOOP:
+            if n_draws(own) > 1 and module not in _RUN_IN_A_LOOP:
                 try:
                     return map_over_draws(module, own, x, x_has_draws, use_vmap=True, shared=shared)
                 except torch.OutOfMemoryError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class WeightCase:
         tolerance: Of both moments.
         fast: Makes it with settings of a moment, for all other tests; ``build`` if None.
         moves: Whether its draws differ from one another, as all but a point estimate's do.
+        needs_all_rows: Whether a batch must hold all rows.
     """
 
     name: str
@@ -36,6 +38,7 @@ class WeightCase:
     tolerance: dict[str, float] = field(default_factory=lambda: {"rtol": 1e-10, "atol": 1e-10})
     fast: Callable[[], Any] | None = None
     moves: bool = True
+    needs_all_rows: bool = False
 
     def __str__(self):
         return self.name
@@ -64,6 +67,19 @@ def by_tensor() -> ConjugateRegression:
 def no_variance(world: ConjugateRegression) -> Params:
     return {name: torch.zeros_like(leaf) for name, leaf in world.mean.items()}
 
+
+CHAINS = {"epochs": 4, "n_chains": 3, "burn_in": 0.25, "thinning": 1}
+CHAIN_CASES = {
+    "SGLD": partial(bae.weights.SGLD, 3e-5),
+    "SGLD, decaying": partial(bae.weights.SGLD, 3e-5, schedule=bae.weights.Decay(10.0)),
+    "SGLD, cyclical": partial(bae.weights.SGLD, 3e-5, schedule=bae.weights.Cyclical(2, 0.25)),
+    "SGLD, preconditioned": partial(bae.weights.SGLD, 1e-6, preconditioner=bae.weights.RMSProp()),
+    "SGHMC": partial(bae.weights.SGHMC, 1e-5, 0.5),
+    "SGHMC, cyclical": partial(bae.weights.SGHMC, 1e-5, 0.5, schedule=bae.weights.Cyclical(2, 0.25)),
+    "SGHMC, scale-adapted": partial(bae.weights.SGHMC, 1e-5, 0.5, preconditioner=bae.weights.ScaleAdaptation()),
+    "SGNHT": partial(bae.weights.SGNHT, 1e-5, 0.1),
+}
+LONGER = {"epochs": 30, "n_chains": 3, "burn_in": 0.8, "thinning": 1}  # a step to find
 
 WEIGHT_CASES = [
     WeightCase("MAP", bae.weights.MAP, ConjugateRegression.make, no_variance, moves=False),
@@ -97,6 +113,10 @@ WEIGHT_CASES = [
     WeightCase(
         "OnlineLaplace, exact", lambda: bae.weights.OnlineLaplace(epochs=2, curvature="exact", n_weight_draws=2)
     ),
+    WeightCase(
+        "Ensemble, randomised",
+        lambda: bae.weights.Ensemble(3, epochs=2, starts="trained", is_randomised=True, subset=("**",)),
+    ),
     # full batches at the mode have no noise, and no spread: "Biased when" as an equality
     *(
         WeightCase(
@@ -107,6 +127,19 @@ WEIGHT_CASES = [
         )
         for rank in (0, 2)
     ),
+    *(
+        WeightCase(
+            f"MeanField, {estimator}",
+            lambda estimator=estimator, rank=rank: bae.weights.MeanField(
+                2, 1e-2, estimator=estimator, initial_scale=0.05, rank=rank
+            ),
+        )
+        for estimator, rank in (("weights", 0), ("local", 0), ("flipout", 2))
+    ),
+    # exact in moments over many draws: tests/weights/sgmcmc
+    *(WeightCase(name, lambda build=build: build(**CHAINS)) for name, build in CHAIN_CASES.items()),
+    WeightCase("HMC", lambda: bae.weights.HMC(1e-3, 5, **LONGER), needs_all_rows=True),
+    WeightCase("MALA", lambda: bae.weights.MALA(1e-5, **LONGER), needs_all_rows=True),
 ]
 
 

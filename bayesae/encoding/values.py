@@ -17,7 +17,8 @@ from bayesae.curvature import KroneckerCurvature, KroneckerFactors, Layout, Rota
 from bayesae.errors import FileError, UnsupportedError
 from bayesae.families.base import Normal
 from bayesae.families.independent import NormalPart
-from bayesae.joint import IndependentNormal, IsotropicNormal
+from bayesae.joint import IndependentNormal, IsotropicNormal, ScaleMixture
+from bayesae.objectives import WarmUp
 from bayesae.subset import Subset
 from bayesae.types import WeightPosterior
 from bayesae.weights import structures
@@ -103,9 +104,10 @@ def _public(module: ModuleType) -> list[type]:
     return [cls for name in module.__all__ if is_dataclass(cls := getattr(module, name)) and isinstance(cls, type)]
 
 
-# families, methods, structures and priors: their own annotations say what a field may be
+# families, methods, structures, priors and warm-ups: their own annotations say what a field may be
 _FAMILIES, _METHODS, _STRUCTURES = (_public(module) for module in (families, weights, structures))
-_OPEN = {cls.__name__: cls for cls in [IsotropicNormal, IndependentNormal, *_FAMILIES, *_METHODS, *_STRUCTURES]}
+_OTHERS = [IsotropicNormal, IndependentNormal, ScaleMixture, WarmUp]
+_OPEN = {cls.__name__: cls for cls in [*_OTHERS, *_FAMILIES, *_METHODS, *_STRUCTURES]}
 _NAMES: dict[type, str] = {cls: name for name, (cls, _) in _CLASSES.items()} | {
     cls: name for name, cls in _OPEN.items()
 }
