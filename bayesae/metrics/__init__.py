@@ -1,5 +1,6 @@
-"""How good scores and predictive distributions are: detection (rows and pixels), likelihood, calibration, sharpness."""
+"""How good scores, predictives and chains are: detection, likelihood, calibration, sharpness, convergence."""
 
+from bayesae.metrics.chains import ess, split_rhat
 from bayesae.metrics.detection import Interval, aupr, auroc, bootstrap_interval, fpr_at_tpr
 from bayesae.metrics.pixels import per_region_overlap, pixel_aupr, pixel_auroc, pixel_auroc_interval
 from bayesae.metrics.predictions import (
@@ -16,6 +17,7 @@ __all__ = [
     "aupr",
     "auroc",
     "bootstrap_interval",
+    "ess",
     "fpr_at_tpr",
     "gaussian_crps",
     "gaussian_nll",
@@ -25,4 +27,5 @@ __all__ = [
     "pixel_auroc_interval",
     "quantile_calibration",
     "sharpness",
+    "split_rhat",
 ]
