@@ -62,7 +62,9 @@ def run_inference(
         return inference.posterior(state, world.joint)
 
 
-def check_weight_inference(inference: WeightInference, *, dtype: torch.dtype = torch.float32) -> None:
+def check_weight_inference(
+    inference: WeightInference, *, dtype: torch.dtype = torch.float32, n_batches: int = 3
+) -> None:
     """Hold a weight inference against its protocol on a conjugate regression.
 
     Complete and finite draws of the right shape and dtype; the same seed, the same bits; the caller's generator,
@@ -72,6 +74,7 @@ def check_weight_inference(inference: WeightInference, *, dtype: torch.dtype = t
     Args:
         inference: The method.
         dtype: Of network and data.
+        n_batches: Batches an epoch: 1 for a method that needs all rows in each.
 
     Raises:
         ConformanceError: Naming the clause that is broken.
@@ -80,7 +83,7 @@ def check_weight_inference(inference: WeightInference, *, dtype: torch.dtype = t
     before = copy.deepcopy(world.joint.network.state_dict())
     start = {name: leaf.clone() for name, leaf in world.mean.items()}
     generator = torch.get_rng_state()
-    posterior = run_inference(inference, world, n_batches=3)
+    posterior = run_inference(inference, world, n_batches=n_batches)
     _require(torch.equal(generator, torch.get_rng_state()), "a seeded run leaves the caller's generator", "it moved")
     after = world.joint.network.state_dict()
     _require(all(torch.equal(before[k], after[k]) for k in before), "an untouched network", "changed weights")
@@ -102,13 +105,13 @@ def check_weight_inference(inference: WeightInference, *, dtype: torch.dtype = t
     _require(all(v.dtype == dtype for v in draws.values()), f"draws of {dtype}", f"{[v.dtype for v in draws.values()]}")
     _require(all(bool(v.isfinite().all()) for v in draws.values()), "finite draws", "NaN or infinity")
 
-    again = run_inference(pickle.loads(pickle.dumps(inference)), world, n_batches=3)
+    again = run_inference(pickle.loads(pickle.dumps(inference)), world, n_batches=n_batches)
     with random.scope(1):
         repeated = pickle.loads(pickle.dumps(again)).sample(3)
     _require(_equal(draws, repeated), "the same bits from the same seed, pickled or not", "others")
 
-    n_updates = 3 * inference.epochs
-    resumed = run_inference(inference, world, n_batches=3, packed_after={0, 1, n_updates // 2, n_updates})
+    n_updates = n_batches * inference.epochs
+    resumed = run_inference(inference, world, n_batches=n_batches, packed_after={0, 1, n_updates // 2, n_updates})
     with random.scope(1):
         continued = resumed.sample(3)
     _require(_equal(draws, continued), "the same bits from unpack(pack(state))", "others")
