@@ -235,13 +235,9 @@ class LogJoint:
         part = own_rows(batch) if divides_rows else batch
         share = 1 / n_ranks() if divides_rows else 1.0
         with torch.enable_grad():
-            values = self.prior.log_prob(params) * share
-            if len(part.x):  # a rank may have none
-                values = values + self.per_example(params, part).sum(-1) * (self.n_data / len(batch.x))
-            values = values / self.temperature
-            # of a flat prior and no row nothing depends on the weights
-            total = values.sum() + sum(leaf.sum() * 0 for leaf in leaves) if not len(part.x) else values.sum()
-            gradients = torch.autograd.grad(total, leaves)
+            rows = self.per_example(params, part).sum(-1) * (self.n_data / len(batch.x))
+            values = (rows + self.prior.log_prob(params) * share) / self.temperature
+            gradients = torch.autograd.grad(values.sum(), leaves)
         chosen = subset.ravel(dict(zip(subset.masks, gradients, strict=True)))
         if divides_rows:
             values, chosen = add_over_ranks([values.detach(), chosen])

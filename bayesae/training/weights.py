@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,6 +45,8 @@ class _RowDensity:
         return self.codes(self.model.at(params, is_fitting=True), batch, n_latent_draws=self.n_latent_draws)
 
     def __call__(self, params: Params, batch: Batch) -> Tensor:
+        if not len(batch.x):  # a rank's share of a small batch: (S, 0), and a sum of it is 0 with gradients of 0
+            return torch.stack([leaf.flatten(1).sum(1) for leaf in params.values()]).sum(0)[:, None][:, :0]
         values = climbed(self.objective, self.draws(params, batch))
         if len(values) > 1:
             fix = "Fit weights under the decoder's bound alone, such as objectives.iwae."
