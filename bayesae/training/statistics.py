@@ -66,7 +66,11 @@ def recompute_statistics(
     n_draws = (posterior.n_atoms or 32) if n_draws is None else n_draws
     check_counts(n_draws=n_draws, batch_size=batch_size)
     network = copy.deepcopy(model).eval()
-    layers = {name: layer for name, layer in network.network.named_modules() if _has_statistics(layer)}
+    layers = {
+        name: layer
+        for name, layer in network.network.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None
+    }
     if not layers:
         fix = "Use the posterior as it is."
         raise UnsupportedError("a model with running statistics, such as nn.BatchNorm1d", "none", fix)
@@ -81,13 +85,9 @@ def recompute_statistics(
     return Particles(stack_draws(whole), info=dict(info))
 
 
-def _has_statistics(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None
-
-
 def _with_statistics(
     network: Autoencoder,
-    layers: dict[str, nn.Module],
+    layers: dict[str, nn.modules.batchnorm._NormBase],
     draws: Params,
     place: int,
     data: Data,
@@ -103,7 +103,7 @@ def _with_statistics(
     n_seen = 0
     for batch in batches(data, network.reference, batch_size=batch_size, is_shuffled=True, n_data=n_data):
         for layer in layers.values():
-            layer.momentum = len(batch.x) / (n_seen + len(batch.x))  # pyright: ignore[reportAttributeAccessIssue]
+            layer.momentum = len(batch.x) / (n_seen + len(batch.x))
         codes(network.live(), batch, n_latent_draws=1)
         n_seen += len(batch.x)
     names = {f"{name}.{kind}" for name in layers for kind in ("running_mean", "running_var")}
