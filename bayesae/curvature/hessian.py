@@ -115,8 +115,18 @@ class Hessian:
             result = result + ((flat @ dense.mT) @ dense).reshape(result.shape[:1] + v.shape[1:])
         return result
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        r"""Random vectors (B, n, \*O) whose second moment is H: signs times a factor of it."""
+    def draw(self, n: int, generator: torch.Generator | None, place: tuple[int, slice] | None = None) -> Tensor:
+        r"""Random vectors (B, n, \*O) whose second moment is H: signs times a factor of it.
+
+        Args:
+            n: A datum.
+            generator: Of the signs; torch's own if None.
+            place: How many data share the generator and which of them these are, so that each has the signs that it
+                has among all; None if these are all.
+
+        Returns:
+            The vectors.
+        """
 
         def signs(*size: int) -> Tensor:
             like = self.dense if self.diagonal is None and self.blocks is None else self.diagonal
@@ -131,16 +141,16 @@ class Hessian:
             bits = (words >> torch.arange(32, device=like.device, dtype=torch.int32)).bitwise_and_(1)
             return bits.flatten()[:total].reshape(size).to(like.dtype).mul_(2).sub_(1)
 
-        b, o = self.shape[0], self.shape[1:]
+        (b, part), o = (self.shape[0], slice(None)) if place is None else place, self.shape[1:]
         if self.blocks is not None:
-            flips = signs(b, n, *o).movedim(self.axis + 1, -1)
+            flips = signs(b, n, *o)[part].movedim(self.axis + 1, -1)
             result = (self.blocks[:, None] @ flips[..., None])[..., 0].movedim(-1, self.axis + 1)
         else:
             assert self.diagonal is not None
             scale = self.diagonal.sqrt()
-            result = signs(b, n, *o) * (scale if scale.dim() == 0 else scale[:, None])
+            result = signs(b, n, *o)[part] * (scale if scale.dim() == 0 else scale[:, None])
         if self.dense is not None:
-            mixed = signs(b, n, self.dense.shape[1]) @ self.dense.flatten(2)
+            mixed = signs(b, n, self.dense.shape[1])[part] @ self.dense.flatten(2)
             result = result + mixed.reshape(result.shape)
         return result
 

@@ -64,6 +64,21 @@ class Linearisation:
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.network, self.params, self.chunk_size, self.memory)
 
+    def at(self, params: Params) -> Linearisation:
+        """The same network at other weights; what was read and planned is not read and planned again.
+
+        Args:
+            params: Every parameter in its own shape, and in the dtype of before.
+
+        Returns:
+            A linearisation there; this one stays.
+        """
+        other = object.__new__(Linearisation)
+        vars(other).update(vars(self))
+        other.params = {name: at_least_float32(params[name].detach()) for name in self.params}
+        other._checked, other._selection, other._factored = set(self._checked), None, {}
+        return other
+
     @property
     def shared(self) -> frozenset[str]:
         """Parameters used in several places, which no single layer owns."""

@@ -48,6 +48,7 @@ def monte_carlo_diagonal(
     mask: Tensor | None = None,
     n_probes: int = 1,
     generator: torch.Generator | None = None,
+    place: tuple[int, slice] | None = None,
 ) -> MonteCarloDiagonal:
     r"""Unbiased estimate of `ggn_diagonal` from random output vectors u with E[u u^T] = H.
 
@@ -61,6 +62,8 @@ def monte_carlo_diagonal(
         mask: As for `ggn_diagonal`.
         n_probes: n a datum.
         generator: Of the probes' signs; torch's own by default.
+        place: Of how many rows ``x`` is which part: each row then has the probes that it has among all of them (up to
+            256), whoever computes the others. None if ``x`` is all.
 
     Returns:
         Estimate and standard error.
@@ -81,7 +84,8 @@ def monte_carlo_diagonal(
             _add(fourths, undone(4))
         outputs = steps[-1].value
         hessian = read_hessian(output_hessian(outputs), outputs, None if mask is None else mask[part])
-        undone = _projected(lin, steps, hessian.draw(n_probes, generator))
+        among = None if place is None else (place[0], _part_of(place, part))
+        undone = _projected(lin, steps, hessian.draw(n_probes, generator, among))
         _add(squares, undone(2))
 
     @torch.no_grad()
@@ -94,6 +98,11 @@ def monte_carlo_diagonal(
     mean = {name: squares[name] if name in squares else torch.zeros_like(leaf) for name, leaf in lin.params.items()}
     mean = mean if n_probes == 1 else {name: leaf / n_probes for name, leaf in mean.items()}
     return MonteCarloDiagonal(mean, all_fourths, n_probes)
+
+
+def _part_of(place: tuple[int, slice], part: slice) -> slice:
+    chosen = range(place[0])[place[1]][part]
+    return slice(chosen.start, chosen.stop, chosen.step)
 
 
 def _add(total: Params, new: Params) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,10 +13,30 @@ from torch import Tensor
 from bayesae.errors import DataError, NotFittedError, ShapeError
 from bayesae.likelihoods.base import Head, float64_of
 
-__all__ = ["NoisyHead", "Positive", "check_positive", "log", "root"]
+__all__ = ["NoisyHead", "NoisyLikelihood", "Positive", "check_positive", "log", "root"]
 
 Positive = float | np.number | Sequence[float] | np.ndarray | Tensor
 """What people give as positive numbers."""
+
+
+@runtime_checkable
+class NoisyLikelihood(Protocol):
+    """A likelihood with noise of its own: what those who learn it ask of it."""
+
+    is_learned: bool
+    is_estimated: bool
+
+    def start_noise(self) -> None:
+        """Make densities possible before the first estimate."""
+        ...
+
+    def noise_statistics(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Float64 sums of one batch; those of batches add up."""
+        ...
+
+    def update_noise(self, statistics: Tensor) -> bool:
+        """Set the noise from the sums of one pass; whether another pass would move it."""
+        ...
 
 
 class NoisyHead(Head):

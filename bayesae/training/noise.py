@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,32 +14,13 @@ from bayesae.codes import CodePosterior, encode
 from bayesae.data import Data, batches, check_counts
 from bayesae.draws import Draws
 from bayesae.errors import DataError, UnsupportedError
+from bayesae.likelihoods.noise import NoisyLikelihood
 from bayesae.models import Autoencoder
 from bayesae.objectives.base import Objective, climbed
 
 __all__ = ["estimate_noise", "learns_noise", "noise_pass"]
 
 _MAX_PASSES = 100
-
-
-@runtime_checkable
-class NoisyLikelihood(Protocol):
-    """A likelihood with noise of its own: what `estimate_noise` asks of it."""
-
-    is_learned: bool
-    is_estimated: bool
-
-    def start_noise(self) -> None:
-        """Make densities possible before the first estimate."""
-        ...
-
-    def noise_statistics(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Float64 sums of one batch; those of batches add up."""
-        ...
-
-    def update_noise(self, statistics: Tensor) -> bool:
-        """Set the noise from the sums of one pass; whether another pass would move it."""
-        ...
 
 
 def estimate_noise(
