@@ -30,14 +30,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
+from labelled_codes import N_CLASSES, Codes, classify, scores, subset
 from torch import Tensor, nn
 
 import bayesae as bae
 from bayesae import codes, evaluation, objectives, report
 
-N_CLASSES = 10
 METRICS = ("accuracy", "NLL", "ECE")
 CANDIDATES = {"neighbours": (1, 3, 10, 30), "probe": (1, 10, 100)}
 # the code of a row under a wrong label is badly determined; no label is then close to the right one
@@ -93,19 +91,6 @@ IMAGES = Config("mnist", (200, 200), 20, 10_000, 1000)
 FAST = Config(
     "digits", (16,), 2, 400, 60, (2,), (1, 10), (2, 1), 1, 3, n_steps=5, n_rounds=1, epochs_a_round=1, n_importance=8
 )
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Codes of all rows, K draws each, (K, N, Z); means are one draw.
-
-    Args:
-        train: Of the training rows.
-        test: Of the test rows.
-    """
-
-    train: Tensor
-    test: Tensor
 
 
 def network(
@@ -178,39 +163,6 @@ def represent(config: Config, n_latents: int, train: Tensor, test: Tensor, seed:
     return found, float(vae.likelihood.variance(train[:1]).mean()) ** 0.5
 
 
-def predict(kind: str, value: float, x: Tensor, y: Tensor, x_test: Tensor) -> Tensor:
-    """Probabilities (M, C), means over draws (K, M, Z) of the test rows, from draws (K, n, Z) of labelled rows."""
-    n_draws, flat, labels = len(x), x.flatten(0, 1).numpy(), y.repeat(len(x)).numpy()
-    # K draws of a row count as one row: for the penalty, and among the neighbours
-    if kind == "probe":
-        fitted = LogisticRegression(C=value / n_draws, max_iter=2000).fit(flat, labels)
-    else:
-        fitted = KNeighborsClassifier(int(value) * n_draws).fit(flat, labels)
-    shares = torch.as_tensor(fitted.predict_proba(x_test.flatten(0, 1).numpy()))
-    if kind == "neighbours":  # and one more neighbour, of all classes alike
-        shares = (value * shares + 1 / N_CLASSES) / (value + 1)
-    return shares.reshape(*x_test.shape[:2], N_CLASSES).mean(0)
-
-
-def classify(config: Config, kind: str, given: Codes, rows: Tensor, y: Tensor) -> Tensor:
-    """Probabilities of the test rows (M, C) from labels ``y`` of some training rows, as `subset` orders them."""
-    # one scale for all directions, which says nothing of their use
-    scale = given.train.flatten(0, 1).var(0).mean().sqrt()
-    x, x_test = given.train[:, rows] / scale, given.test / scale
-
-    def held_out(value: float) -> float:
-        """Mean log-probability of each half of the labelled rows, given the other."""
-        fold = torch.arange(len(rows)) // N_CLASSES % 2
-        total = 0.0
-        for half in (fold == 0, fold == 1):
-            total -= scores(predict(kind, value, x[:, ~half], y[~half], x[:, half]), y[half])["NLL"]
-        return total
-
-    values = config.candidates[kind]
-    value = values[0] if len(rows) == N_CLASSES else max(values, key=held_out)
-    return predict(kind, value, x, y, x_test)
-
-
 def label_evidence(
     model: bae.Autoencoder, x: Tensor, posterior: codes.CodePosterior, n_draws: int, seed: int
 ) -> Tensor:
@@ -247,22 +199,6 @@ def by_bayes(
     return found | {"M2, all rows": label_evidence(model, test, proposal, n, seed).softmax(-1)}
 
 
-def scores(p: Tensor, y: Tensor) -> dict[str, float]:
-    """Accuracy, negative log-likelihood in nats a row, and the expected calibration error (15 bins) of the label."""
-    confidence, label = p.double().max(-1)
-    is_right = (label == y).double()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, is_right - confidence)
-    nll = -p.double().gather(1, y[:, None]).clamp(min=1e-300).log().mean()
-    return {"accuracy": float(is_right.mean()), "NLL": float(nll), "ECE": float(gaps.abs().sum() / len(y))}
-
-
-def subset(y: Tensor, n: int, seed: int) -> Tensor:
-    """Row numbers of n random rows of each class, the classes in turn; halves of an even n have all classes."""
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    return torch.stack([order[y[order] == label][:n] for label in range(N_CLASSES)], 1).flatten()
-
-
 def run(config: Config, seed: int, records: report.Records, methods: Sequence[str] | None) -> dict[str, Codes]:
     """Everything of one seed; gives the codes of the smallest size."""
 
@@ -290,8 +226,8 @@ def run(config: Config, seed: int, records: report.Records, methods: Sequence[st
         for n, n_subsets in zip(config.n_labels, config.n_subsets, strict=True):
             chosen = [subset(y, n, 100 * seed + number) for number in range(n_subsets)]
             for method, given in ((name, one) for name, one in represented.items() if is_wanted(name)):
-                for kind in config.candidates:
-                    found = [scores(classify(config, kind, given, rows, y[rows]), y_test) for rows in chosen]
+                for kind, values in config.candidates.items():
+                    found = [scores(classify(values, kind, given, rows, y[rows]), y_test) for rows in chosen]
                     add(f"code {n_latents}, {kind}", method, n, found)
     for n in config.n_labels if any(map(is_wanted, BAYES)) else ():
         chosen = [subset(y, n, 100 * seed + number) for number in range(config.n_subsets_bayes)]
