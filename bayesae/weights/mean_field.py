@@ -302,7 +302,8 @@ class MeanField:
             for name in chosen.subset.masks:
                 params[name] = NoisyWeight.of(means[name], scales[name], params[name], numbers)
             rows = joint.per_example(params, own_rows(batch))
-            values.append(rows.sum() * (joint.n_data / n_rows) / joint.temperature)
+            # nothing but 0 times the draw on a rank without rows
+            values.append(rows.sum() * (joint.n_data / n_rows) / joint.temperature + 0 * one.sum())
         return torch.stack(values).mean()
 
     def _kl_factor(self, state: MeanFieldState, joint: LogJoint) -> float:
