@@ -5,6 +5,7 @@ from bayesae.families.factor import FactorNormal
 from bayesae.families.independent import IndependentNormals
 from bayesae.families.kronecker import KroneckerNormal
 from bayesae.families.low_rank import LowRankNormal
+from bayesae.families.mixture import Mixture
 from bayesae.families.normals import DiagonalNormal
 from bayesae.families.particles import Chains, Particles
 
@@ -16,5 +17,6 @@ __all__ = [
     "IndependentNormals",
     "KroneckerNormal",
     "LowRankNormal",
+    "Mixture",
     "Particles",
 ]

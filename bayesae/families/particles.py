@@ -52,6 +52,10 @@ class Particles:
         """Average weights: the network itself for one particle; of an ensemble no network worth running."""
         return {name: leaf.mean(0) for name, leaf in self.atoms.items()}
 
+    def variances(self) -> Params:
+        """Variance over the particles of every parameter, in its own shape; 0 of a point estimate."""
+        return {name: leaf.var(0, correction=0) for name, leaf in self.atoms.items()}
+
     def sample(self, n: int) -> Params:
         r"""Draws with leaves (S = n, \*shape), as balanced as n allows.
 

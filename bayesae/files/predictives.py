@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayesae import families, likelihoods
 from bayesae.errors import BayesAEError, FileError, ShapeError, UnsupportedError
-from bayesae.families import IndependentNormals, Particles
+from bayesae.families import IndependentNormals, Mixture, Particles
 from bayesae.files.codes import check_codes, code_tree, codes_of
 from bayesae.files.networks import DAMAGED, PART, REFUSALS, build, expect, fill, network_of, network_tree
 from bayesae.functional import dtype_of
@@ -99,7 +99,7 @@ def check_tree(tree: Any) -> None:  # noqa: ANN401 - from a file
     weights, shape = tree["weights"], tree["data_shape"]
     if isinstance(weights, IndependentNormals) and not weights.parts:
         raise FileError("parts of a posterior", "none", DAMAGED)
-    if isinstance(weights, Particles) and tree["linearised"]:
+    if weights.n_atoms is not None and tree["linearised"]:
         raise FileError("a continuous posterior to linearise", "particles", DAMAGED)
     if shape is not None and not (shape and all(type(n) is int and n > 0 for n in shape) and _fits(shape)):
         raise FileError("a shape of rows", repr(shape)[:80], DAMAGED)
@@ -212,6 +212,8 @@ def _in_dtype(weights: WeightPosterior, dtype: torch.dtype, known: dict[int, Ten
     if isinstance(weights, IndependentNormals):
         parts: list[Any] = [_in_dtype(part, dtype, known) for part in weights.parts]  # pyright: ignore[reportArgumentType]
         return replace(weights, parts=parts)
+    if isinstance(weights, Mixture):
+        return replace(weights, components=[_in_dtype(one, dtype, known) for one in weights.components])
     name = "atoms" if isinstance(weights, Particles) else "mean"
     leaves = getattr(weights, name)
     for leaf in leaves.values():

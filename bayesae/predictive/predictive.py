@@ -19,8 +19,10 @@ from bayesae.codes.base import score_outputs
 from bayesae.data import Data, as_rows, as_tensor, check_counts
 from bayesae.draws import Draws, Moments, concatenate_rows, concatenate_weight_draws
 from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.families import Mixture
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
 from bayesae.models import Autoencoder
+from bayesae.predictive.mixtures import mixed
 from bayesae.predictive.streams import Pool, check_chunk, check_size, linearise
 from bayesae.types import Batch, Params, WeightPosterior
 
@@ -48,7 +50,7 @@ class Predictive:
         codes: q(z | x, theta); the plain encoder if None.
         linearised: Replace outputs by their first-order expansion in theta around the posterior's mean (in natural
             parameters; the code moves along). None follows the posterior: a Laplace posterior is linearised,
-            others are run as networks.
+            others are run as networks. Components of a mixture are expanded around their own means.
 
     Raises:
         UnsupportedError: If particles are to be linearised, or the network is in training mode.
@@ -65,6 +67,7 @@ class Predictive:
             raise UnsupportedError("a continuous posterior to linearise", "particles", "Use linearised=False.")
         mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
         check_complete(mean, self.model.network)
+        self._components()
         if (noise := getattr(self.weights, "noise", None)) is not None:
             object.__setattr__(self, "model", self.model.with_noise(noise))
         self.model.at(mean)
@@ -115,9 +118,9 @@ class Predictive:
         rows = self._rows(x, mask, seed)
         with random.scope(seed, rows.x.device):
             blocks = []
-            for params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
+            for own, params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
                 chunks = self._chunks(rows, n_draws(params) * n_latent_draws, size)
-                pieces = (self._evaluate(params, batch, n_latent_draws) for batch in chunks)
+                pieces = (own._evaluate(params, batch, n_latent_draws) for batch in chunks)
                 blocks.append(concatenate_rows([d if keep_outputs else d.without_outputs() for d in pieces]))
         result = concatenate_weight_draws(blocks)
         fix = "Are the inputs far outside the training range?"
@@ -163,9 +166,8 @@ class Predictive:
         """
         size = check_chunk(chunk_size)
         rows = self._rows(x, mask, seed)
-        has_closed_form = self.is_linearised and isinstance(self.weights, _HasOutputVariance)
         moments = None
-        if has_closed_form and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
+        if self.is_linearised and self._codes is encode and n_weight_draws is None and n_latent_draws == 1:
             moments = self._closed_form(rows, chunk_size)
         if moments is None:
             with random.scope(seed, rows.x.device):
@@ -211,10 +213,10 @@ class Predictive:
         total, is_hidden = self._n_draws(n_weight_draws) * len(rows.x), None if progress is None else not progress
         with random.scope(seed, rows.x.device), tqdm(total=total, unit="rows", disable=is_hidden) as bar:
             blocks = []
-            for params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
+            for own, params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
                 pieces = []
                 for batch in self._chunks(rows, n_draws(params) * n_latent_draws, size):
-                    pieces.append(measure(params, batch, partial(self._evaluate, params, batch)))
+                    pieces.append(measure(params, batch, partial(own._evaluate, params, batch)))
                     bar.update(len(batch.x) * n_draws(params))
                 blocks.append([torch.cat(parts, 1) for parts in zip(*pieces, strict=True)])
         return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
@@ -237,21 +239,37 @@ class Predictive:
             context = as_tensor(context)
             context = context[:, None] if context.dim() == 1 else context.flatten(1)
         with random.scope(seed, self.model.reference.device):
-            params = self.weights.sample(self._n_draws(n_weight_draws))
-        mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
+            some = [(own, own.weights.sample(n)) for own, n in self._shares(self._n_draws(n_weight_draws))]
 
         def decode(z: Tensor) -> Tensor:
             if context is not None and len(context) not in (1, len(z)):
                 fix = "Give one for every code, or one, of shape (1, C), for all."
                 raise ShapeError(f"contexts of {len(z)} codes", f"{len(context)}", fix)
             given = None if context is None else context.to(z).expand(len(z), -1)
-            if not self.is_linearised:
-                outputs = self.model.at(params).decode(z.expand(n_draws(params), *z.shape), given)
-            else:
-                outputs = linearise(lambda p: (self.model.at(p).decode(z[None], given),), mean, params)[0][:, 0]
-            return self.model.likelihood.mean(outputs)
+            return torch.cat([own._decode(params, z, given) for own, params in some])
 
         return decode
+
+    def _decode(self, params: Params, z: Tensor, context: Tensor | None) -> Tensor:
+        if not self.is_linearised:
+            outputs = self.model.at(params).decode(z.expand(n_draws(params), *z.shape), context)
+        else:
+            mean = {name: leaf[None] for name, leaf in self.weights.mean.items()}
+            outputs = linearise(lambda p: (self.model.at(p).decode(z[None], context),), mean, params)[0][:, 0]
+        return self.model.likelihood.mean(outputs)
+
+    def _components(self) -> list[Predictive]:
+        """Of a mixture the predictive of every component, which has a mean and maybe noise of its own; else none."""
+        if not isinstance(self.weights, Mixture):
+            return []
+        return [replace(self, weights=one, linearised=self.is_linearised) for one in self.weights.components]
+
+    def _shares(self, n: int) -> list[tuple[Predictive, int]]:
+        """Whose draws n draws of the weights are."""
+        if not isinstance(self.weights, Mixture):
+            return [(self, n)]
+        pairs = zip(self._components(), self.weights.counts(n), strict=True)
+        return [share for one, count in pairs if count for share in one._shares(count)]
 
     @property
     def _codes(self) -> CodePosterior:
@@ -265,23 +283,26 @@ class Predictive:
         return rows
 
     def _n_draws(self, n_weight_draws: int | None) -> int:
-        n = (self.weights.n_atoms or _N_DRAWS) if n_weight_draws is None else n_weight_draws
+        # of a continuous mixture as many as come evenly
+        n_parts = len(self._components()) or 1
+        n = (self.weights.n_atoms or -(-_N_DRAWS // n_parts) * n_parts) if n_weight_draws is None else n_weight_draws
         check_counts(n_weight_draws=n)
         return n
 
-    def _weight_blocks(self, n_weight_draws: int | None, n_latent_draws: int, chunk_size: int) -> Iterator[Params]:
-        """Draws of the weights, as many at a time as memory and the chunk allow."""
+    def _weight_blocks(
+        self, n_weight_draws: int | None, n_latent_draws: int, chunk_size: int
+    ) -> Iterator[tuple[Predictive, Params]]:
+        """Draws of the weights, as many at a time as memory and the chunk allow, and whose they are."""
         check_counts(n_latent_draws=n_latent_draws)
-        n = self._n_draws(n_weight_draws)
         n_parameters = sum(parameter.numel() for parameter in self.model.network.parameters())
-        step = max(1, min(n, chunk_size // n_latent_draws, _NUMBERS_OF_WEIGHTS // n_parameters))
-        # particles at once, so that they come as evenly as they can
-        particles = None if self.weights.n_atoms is None else self.weights.sample(n)
-        for start in range(0, n, step):
-            stop = min(n, start + step)
-            yield (
-                self.weights.sample(stop - start) if particles is None else select_draws(particles, slice(start, stop))
-            )
+        for own, n in self._shares(self._n_draws(n_weight_draws)):
+            step = max(1, min(n, chunk_size // n_latent_draws, _NUMBERS_OF_WEIGHTS // n_parameters))
+            # particles at once, so that they come as evenly as they can
+            particles = None if own.weights.n_atoms is None else own.weights.sample(n)
+            for start in range(0, n, step):
+                part = slice(start, min(n, start + step))
+                size = part.stop - part.start
+                yield own, own.weights.sample(size) if particles is None else select_draws(particles, part)
 
     def _chunks(self, rows: Batch, n_calls: int, chunk_size: int) -> Iterator[Batch]:
         assert rows.index is not None
@@ -307,8 +328,13 @@ class Predictive:
         return Draws(latents, log_likelihood, log_prior, log_q, self.model.likelihood, outputs=outputs)
 
     def _closed_form(self, rows: Batch, chunk_size: int | None) -> Moments | None:
-        """Moments without a draw; None where the likelihood needs more than the outputs' variances."""
-        assert isinstance(self.weights, _HasOutputVariance)
+        """Moments without a draw; None where there are no variances of outputs, or they do not settle the data's."""
+        if parts := self._components():
+            moments = [one._closed_form(rows, chunk_size) for one in parts]
+            known = [one for one in moments if one is not None]
+            return mixed(known) if len(known) == len(moments) else None
+        if not isinstance(self.weights, _HasOutputVariance):
+            return None
         likelihood = self.model.likelihood
         outputs, variance = self.weights.output_variance(self.model.network, self.model.inputs(rows), chunk_size)
         check_size(likelihood, outputs.shape[1:], rows.explained)
@@ -320,20 +346,20 @@ class Predictive:
 
     def _streamed(self, rows: Batch, n_weight_draws: int | None, n_latent_draws: int, chunk_size: int) -> Moments:
         """Moments over draws: one running mean and variance for every chunk of rows."""
-        likelihood, pools, is_point = self.model.likelihood, {}, True
-        for params in self._weight_blocks(n_weight_draws, n_latent_draws, chunk_size):
+        pools, is_point = {}, True
+        for own, params in self._weight_blocks(n_weight_draws, n_latent_draws, chunk_size):
             # chunks are cut for one weight draw and split further inside, so that all blocks meet the same ones
             for start, batch in enumerate(self._chunks(rows, n_latent_draws, chunk_size)):
                 step = max(1, chunk_size // (len(batch.x) * n_latent_draws))
                 for first in range(0, n_draws(params), step):
                     some = select_draws(params, slice(first, first + step))
-                    draws = self._evaluate(some, batch, n_latent_draws)
+                    draws = own._evaluate(some, batch, n_latent_draws)
                     assert draws.outputs is not None
                     is_point = draws.log_q is None
-                    mean = likelihood.mean(draws.outputs)
-                    noise = likelihood.variance(draws.outputs).mean(0)
+                    mean = draws.likelihood.mean(draws.outputs)
+                    noise = draws.likelihood.variance(draws.outputs).mean(0)
                     pools.setdefault(start, Pool()).add(mean.mean(0), noise, mean.var(0, correction=0))
         # particles that each came equally often, with a code that has nothing to draw, are the whole integral
         n, n_atoms = pools[0].count, self.weights.n_atoms
         is_exact = is_point and n_atoms is not None and n % n_atoms == 0
-        return concatenate_rows([pool.moments(likelihood, is_exact) for pool in pools.values()])
+        return concatenate_rows([pool.moments(self.model.likelihood, is_exact) for pool in pools.values()])

@@ -6,6 +6,7 @@ from bayesae.weights.laplace import Laplace
 from bayesae.weights.map import MAP
 from bayesae.weights.mean_field import MeanField
 from bayesae.weights.online_laplace import OnlineLaplace
+from bayesae.weights.mixture import MixtureOf
 from bayesae.weights.sgmcmc import HMC, MALA, SGHMC, SGLD, SGNHT, Cyclical, Decay, RMSProp, ScaleAdaptation
 from bayesae.weights.structures import LowRank
 from bayesae.weights.subnetworks import (
@@ -36,6 +37,7 @@ __all__ = [
     "Info",
     "Laplace",
     "LowRank",
+    "MixtureOf",
     "OnlineLaplace",
     "MeanField",
     "VarianceKept",
