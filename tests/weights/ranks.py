@@ -36,5 +36,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=n_ranks)
     found = {str(case): numbers(posterior_of(case, all_rows())) for case in WEIGHT_CASES}
+    first, again = (
+        bae.fit_weights(bae.weights.Laplace(), small_model(), all_rows(), checkpoint=folder / "run.safetensors")
+        for _ in range(2)
+    )
+    found["without a seed"], found["from its checkpoint"] = numbers(first), numbers(again)
+    try:
+        bae.fit_weights(bae.weights.MAP(), small_model(seed=rank), all_rows())
+    except bae.errors.DataError as error:
+        found["other weights"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -46,6 +46,17 @@ def test_two_ranks_are_one_process(case, on_two_ranks):
 @pytest.mark.slow
 def test_both_ranks_have_the_same_bits(on_two_ranks):
     first, second = on_two_ranks
-    for name in first:
+    for name in first.keys() - {"other weights"}:
         for kind in ("mean", "spread"):
             assert all(torch.equal(first[name][kind][k], second[name][kind][k]) for k in first[name][kind])
+
+
+@pytest.mark.slow
+def test_each_rank_goes_on_from_its_own_checkpoint(on_two_ranks):
+    for found in on_two_ranks:
+        assert_close(found["from its checkpoint"], found["without a seed"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_ranks_with_other_weights_are_refused(on_two_ranks):
+    assert all("the same weights on every rank" in found["other weights"] for found in on_two_ranks)

@@ -166,7 +166,7 @@ class TestThermostat:
 
     @staticmethod
     def friction_for(injected, step):
-        """Where E v^2 = eta, of what `SGHMC` has: eta (c / xi) (2 / (2 - xi)) / (1 - eta / (2 (2 - xi))) at Lambda = 1."""
+        """Where E v^2 = eta; of Lambda = 1 it is eta (c / xi) (2 / (2 - xi)) / (1 - eta / (2 (2 - xi)))."""
         grid = torch.linspace(1e-3, 0.999, 999 * 4 - 3).double()
         square = injected / grid * 2 / (2 - grid) / (1 - step / (2 * (2 - grid)))
         return float(grid[(square - 1).abs().argmin()])
