@@ -175,7 +175,8 @@ class HMC(_Metropolis):
         "step_size" in it.
 
     Exact when: always, as the chain goes on, whatever the step: detailed balance holds.
-    Biased when: the chain is short beside its correlation; L h near a period moves a direction hardly at all.
+    Biased when: the chain is short beside its correlation; L h near half a period of a direction takes it to its mirror
+        image again and again.
     Cost: C L gradients over all rows a proposal.
 
     Raises:

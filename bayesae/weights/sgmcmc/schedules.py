@@ -97,5 +97,6 @@ class Cyclical:
 
     def at(self, n_steps: int, progress: float) -> tuple[float, bool]:
         """Factor of the step at this share of the run, and whether it samples."""
-        place = progress * self.n_cycles % 1.0
+        # rounded, so that the first step of a cycle is not the last one of the cycle before
+        place = round(round(progress * self.n_cycles, 9) % 1.0, 9)
         return 0.5 * (1 + math.cos(math.pi * place)), place >= self.exploration

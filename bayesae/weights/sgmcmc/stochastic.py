@@ -20,7 +20,7 @@ from bayesae.weights.sgmcmc.schedules import Cyclical, Decay, Phase
 __all__ = ["StochasticGradient"]
 
 _SHOWS = 0.1  # relative error of a variance that is worth a warning
-_QUANTILE = 0.99  # over weights: squares of few gradients scatter
+_QUANTILE = 0.99  # over weights, of means over chains: squares of few gradients scatter
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class StochasticGradient(MarkovChains):
             moving["n_clipped"] += share < 1
             gradient = gradient.mul_(share[:, None])
         if (own := self.preconditioner) is not None and (phase.is_adapting or not own.is_frozen):
-            own.adapt(moving, gradient, joint.n_data)
+            own.adapt(moving, -gradient, joint.n_data)
         drift, variance = self._coefficients(self.step_size * phase.factor)
         scales = moving.get("scales")
         taken = self._taken_out(moving, drift, variance)
@@ -115,9 +115,8 @@ class StochasticGradient(MarkovChains):
     def _judge(self, state: ChainState, joint: LogJoint) -> tuple[dict[str, float], list[str]]:
         numbers = {"step_size": self.step_size}
         for name, values in self._errors(state.moving, len(state.draws)).items():
-            place = math.ceil(_QUANTILE * values.shape[1])
-            worst = values.kthvalue(place, 1).values if len(values) else values.new_zeros(0)
-            numbers[name] = max(gather_members(worst, self.n_chains).tolist())
+            pooled = gather_members(values, self.n_chains).mean(0)
+            numbers[name] = float(pooled.kthvalue(math.ceil(_QUANTILE * len(pooled))).values)
         texts = []
         if numbers["discretisation_error"] > _SHOWS:
             texts.append(
