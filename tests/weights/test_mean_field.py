@@ -91,9 +91,10 @@ class TestTheBound:
         for got, wanted in zip(gradients, torch.autograd.grad(expected, numbers), strict=True):
             assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
     @pytest.mark.parametrize("n_batches", [1, 3, 6])
-    def test_batches_of_any_number_estimate_the_same_gradient(self, n_batches):
-        world, method = correlated(), SigmaPoints()
+    def test_batches_of_any_number_estimate_the_same_gradient(self, n_batches, estimator):
+        world, method = correlated(), SigmaPoints(estimator=estimator)
         state = state_at(method, world, torch.randn(8), torch.randn(8))
         whole = ascent(method, state, world.batch, world.joint)
         parts = [ascent(method, state, batch, world.joint) for batch in world.batches(n_batches)]
@@ -235,6 +236,18 @@ class TestSchedules:
             state = method.init(dict(world.mean), world.joint)
         state.batch_size = 1
         assert method._kl_factor(state, dataclasses.replace(world.joint, n_data=3000)) == 1500.0
+
+    def test_the_factor_is_the_divergence_s_alone(self):
+        world = correlated()
+        mean, rho = torch.randn(8), torch.randn(8)
+        steps = []
+        for factor in (0.0, 0.25, 1.0):
+            method = SigmaPoints(kl_schedule=lambda progress, factor=factor: 1.0 if progress == 1 else factor)
+            steps.append(ascent(method, state_at(method, world, mean, rho), world.batch, world.joint))
+        for none, quarter, whole in zip(*[step[2] for step in steps], strict=True):
+            assert not torch.equal(none, whole)
+            assert_close(quarter, 0.75 * none + 0.25 * whole, rtol=1e-12, atol=1e-12)
+        assert steps[0][:2] == steps[1][:2] == steps[2][:2]  # the bound that is told is the whole one
 
     def test_warm_up_grows_to_one(self):
         world, method = correlated(), MeanField(epochs=10, kl_schedule=WarmUp(0.5))
