@@ -13,9 +13,10 @@ others. The table has accuracy, the negative log-likelihood of the test labels a
 probabilities.
 
 Expected on the digits (checked at the end, means of three seeds, in CLAIMS): in two dimensions draws of a linearised
-weight posterior gain 0.02 of accuracy over the plain code at 10 labels a class and the same weights run as networks lose
-0.06; the Laplace posterior of the code gains 0.04 to 0.05. In eight dimensions nothing beats the pixels by much, and draws of
-a VAE's code lose 0.07 at one label. Unlabelled rows under labels drawn for them gain 0.13 at one label a class, unsteadily.
+weight posterior gain 0.02 of accuracy over the plain code at 10 labels a class and the same weights run as networks
+lose 0.06; the Laplace posterior of the code gains 0.04 to 0.05. In eight dimensions nothing beats the pixels by much,
+and draws of a VAE's code lose 0.07 at one label. Unlabelled rows under labels drawn for them gain 0.13 at one label a
+class, unsteadily.
 Runtime: digits five minutes of one core a seed; ``--fast`` ten seconds.
 """
 

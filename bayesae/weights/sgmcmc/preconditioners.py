@@ -70,10 +70,12 @@ class RMSProp:
 class ScaleAdaptation:
     r"""Springenberg's scales: the second moment of the gradient over a window that finds its own length.
 
-    .. math:: \tau \leftarrow \tau - \tau \frac{g^2}{V + 10^{-6}} + 1, \quad g \leftarrow g + (\nabla U - g) / \tau,
-              \quad V \leftarrow V + ((\nabla U)^2 - V) / \tau, \qquad G = (V + \lambda)^{-1/2}
+    .. math:: r = \frac{1}{\tau + 1}, \quad \tau \leftarrow \tau - \tau \frac{g^2}{V + 10^{-6}} + 1, \quad
+              g \leftarrow g + r (\nabla U - g), \quad V \leftarrow V + r ((\nabla U)^2 - V), \qquad
+              G = (V + \lambda)^{-1/2}
 
-    element by element, all starting at 1, in burn-in alone. The gradient is that of U, the sum over rows. In `SGHMC`
+    element by element, all starting at 1, in burn-in alone. (With r = 1 / tau, as a public implementation has it, the
+    window stays at one gradient for ever in float32: g squared is then V to rounding.) The gradient is that of U, the sum over rows. In `SGHMC`
     a step_size of the square of the paper's :math:`\epsilon` gives the paper's step.
 
     Args:
@@ -112,9 +114,10 @@ class ScaleAdaptation:
     def adapt(self, moving: dict[str, Tensor], gradient: Tensor, n_data: int) -> None:
         """Take in gradients (C, P) of U."""
         window, mean, square = moving["window"], moving["mean_gradient"], moving["V"]
+        share = 1 / (window + 1)
         window.sub_(window * mean.square() / (square + 1e-6)).add_(1)
-        mean.add_((gradient - mean) / window)
-        square.add_((gradient.square() - square) / window)
+        mean.add_((gradient - mean) * share)
+        square.add_((gradient.square() - square) * share)
         moving["scales"] = (square + self.damping).rsqrt()
 
     def noise_taken_out(self, moving: dict[str, Tensor]) -> Tensor | None:

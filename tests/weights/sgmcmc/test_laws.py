@@ -195,12 +195,21 @@ class TestPreconditioners:
         window = mean = square = torch.ones(2, 3).double()
         for gradient in gradients:
             own.adapt(moving, gradient, 5)
+            share = 1 / (window + 1)
             window = window - window * mean**2 / (square + 1e-6) + 1
-            mean = mean + (gradient - mean) / window
-            square = square + (gradient**2 - square) / window
+            mean = mean + (gradient - mean) * share
+            square = square + (gradient**2 - square) * share
         assert_close(moving["scales"], (square + 1e-6) ** -0.5)
         assert_close(own.noise_taken_out(moving), square)
         assert ScaleAdaptation(takes_out_noise=False).noise_taken_out(moving) is None
+
+    def test_the_window_opens_in_single_precision(self):
+        moving = ScaleAdaptation().start(torch.zeros(2, 50))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(300):
+            ScaleAdaptation().adapt(moving, 1e4 * torch.randn(2, 50, generator=generator), 5)
+        assert float(moving["window"].median()) > 20
+        assert_close(moving["scales"].mean(), torch.tensor(1e-4), rtol=0.1, atol=0)
 
     @pytest.mark.parametrize("kind", ["SGLD", "SGHMC", "SGHMC, noise taken out"])
     def test_law_under_frozen_scales(self, kind):
