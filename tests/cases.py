@@ -28,6 +28,7 @@ class WeightCase:
         tolerance: Of both moments.
         fast: Makes it with settings of a moment, for all other tests; ``build`` if None.
         moves: Whether its draws differ from one another, as all but a point estimate's do.
+        fixed: Ends of names of parameters that never differ.
         needs_all_rows: Whether a batch must hold all rows.
         is_same_on_ranks: Whether two ranks give what one gives, to rounding; noise of rows makes it so in law only.
     """
@@ -39,6 +40,7 @@ class WeightCase:
     tolerance: dict[str, float] = field(default_factory=lambda: {"rtol": 1e-10, "atol": 1e-10})
     fast: Callable[[], Any] | None = None
     moves: bool = True
+    fixed: tuple[str, ...] = ()
     needs_all_rows: bool = False
     is_same_on_ranks: bool = True
 
@@ -133,6 +135,15 @@ WEIGHT_CASES = [
         "multi-SWAG",
         lambda: bae.weights.MixtureOf(bae.weights.Ensemble(2, epochs=2), bae.weights.SWAG(rank=2, epochs=6)),
     ),
+    # nothing dropped is MAP: started at the mode, it stays
+    WeightCase(
+        "dropout of nothing",
+        lambda: bae.weights.Dropout(0.0, epochs=3, learning_rate=1e-12),
+        ConjugateRegression.make,
+        no_variance,
+        moves=False,
+    ),
+    WeightCase("dropout", lambda: bae.weights.Dropout(0.2, epochs=3, n_draws=2), fixed=("bias",)),
     # full batches at the mode have no noise, and no spread: "Biased when" as an equality
     *(
         WeightCase(

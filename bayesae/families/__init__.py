@@ -1,6 +1,7 @@
 """Families: what q(theta) is, whatever the method that fitted it."""
 
 from bayesae.families.dense import DenseNormal
+from bayesae.families.dropped import DroppedInputs
 from bayesae.families.factor import FactorNormal
 from bayesae.families.independent import IndependentNormals
 from bayesae.families.kronecker import KroneckerNormal
@@ -13,6 +14,7 @@ __all__ = [
     "Chains",
     "DenseNormal",
     "DiagonalNormal",
+    "DroppedInputs",
     "FactorNormal",
     "IndependentNormals",
     "KroneckerNormal",

@@ -1,6 +1,7 @@
 """Weight posteriors: how q(theta) is fitted."""
 
 from bayesae.weights.base import Info, WeightInference
+from bayesae.weights.dropout import Dropout
 from bayesae.weights.ensemble import Ensemble
 from bayesae.weights.laplace import Laplace
 from bayesae.weights.map import MAP
@@ -33,6 +34,7 @@ __all__ = [
     "ScaleAdaptation",
     "MAP",
     "SWAG",
+    "Dropout",
     "Ensemble",
     "Info",
     "Laplace",
