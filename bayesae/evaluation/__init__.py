@@ -3,6 +3,7 @@
 from bayesae.evaluation.annealing import annealed_importance
 from bayesae.evaluation.code_size import IntegratedEvidence, integrated_evidence
 from bayesae.evaluation.collapse import CollapseReport, active_units, collapse_report
+from bayesae.evaluation.convergence import Convergence, convergence
 from bayesae.evaluation.evidence import log_evidence
 from bayesae.evaluation.gaps import InferenceGaps, inference_gaps
 from bayesae.evaluation.information import MutualInformation, mutual_information
@@ -15,6 +16,7 @@ __all__ = [
     "Annealed",
     "CodeRelevance",
     "CollapseReport",
+    "Convergence",
     "GradientSNR",
     "InferenceGaps",
     "IntegratedEvidence",
@@ -25,6 +27,7 @@ __all__ = [
     "annealed_importance",
     "code_relevance",
     "collapse_report",
+    "convergence",
     "gradient_snr",
     "inference_gaps",
     "integrated_evidence",

@@ -1,5 +1,6 @@
 """Figures: functions that take axes and return them."""
 
+from bayesae.plots.chains import chain_trace
 from bayesae.plots.figures import heat_map, images, latent_grid, latent_scatter, reliability, score_histograms
 
-__all__ = ["heat_map", "images", "latent_grid", "latent_scatter", "reliability", "score_histograms"]
+__all__ = ["chain_trace", "heat_map", "images", "latent_grid", "latent_scatter", "reliability", "score_histograms"]
