@@ -235,13 +235,21 @@ class LogJoint:
         part = own_rows(batch) if divides_rows else batch
         share = 1 / n_ranks() if divides_rows else 1.0
         with torch.enable_grad():
-            rows = self.per_example(params, part).sum(-1) * (self.n_data / len(batch.x))
-            values = (rows + self.prior.log_prob(params) * share) / self.temperature
-            gradients = torch.autograd.grad(values.sum(), leaves)
-        chosen = subset.ravel(dict(zip(subset.masks, gradients, strict=True)))
+            value = self.per_example(params, part).sum(-1) * (self.n_data / len(batch.x))
+            # of an isotropic prior the gradient is known, and what autograd would keep of it is as much as the weights
+            is_known = isinstance(self.prior, IsotropicNormal)
+            total = value if is_known else value + self.prior.log_prob(params) * share
+            gradients = torch.autograd.grad(total.sum(), leaves, materialize_grads=True)
+        with torch.no_grad():
+            chosen = subset.ravel(dict(zip(subset.masks, gradients, strict=True)))
+            if isinstance(self.prior, IsotropicNormal):
+                total = value + self.prior.log_prob(params) * share
+                chosen.add_(theta, alpha=-self.prior.precision * share)
+            values = total.detach() / self.temperature
+            chosen = chosen if self.temperature == 1 else chosen.div_(self.temperature)
         if divides_rows:
-            values, chosen = add_over_ranks([values.detach(), chosen])
-        return values.detach(), chosen
+            values, chosen = add_over_ranks([values, chosen])
+        return values, chosen
 
     def copy(self) -> LogJoint:
         """A joint over networks, likelihood and prior of its own: for methods that move the likelihood's noise."""

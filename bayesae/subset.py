@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +75,14 @@ class Subset:
                     "Use Subset.of for whole tensors.",
                 )
 
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Chosen weights of each tensor: counted once, since a step of training asks several times."""
+        return {name: int(mask.sum()) for name, mask in self.masks.items()}
+
     def __len__(self) -> int:
         """Number P of chosen weights."""
-        return sum(int(mask.sum()) for mask in self.masks.values())
+        return sum(self._sizes.values())
 
     def take(self, places: Tensor) -> Subset:
         """Some of the chosen weights.
@@ -102,7 +108,7 @@ class Subset:
 
     def ravel(self, params: Params) -> Tensor:
         r"""The chosen weights as one vector, leaves (..., \*shape) to (..., P)."""
-        parts = [_chosen(params[name], mask) for name, mask in self.masks.items()]
+        parts = [_chosen(params[name], mask, self._sizes[name]) for name, mask in self.masks.items()]
         return torch.cat(parts, -1) if parts else next(iter(params.values())).new_zeros(0)
 
     def scatter(self, values: Tensor, onto: Params) -> Params:
@@ -123,7 +129,7 @@ class Subset:
         lead, start = values.shape[:-1], 0
         full = {name: leaf.expand(*lead, *leaf.shape) for name, leaf in onto.items()}
         for name, mask in self.masks.items():
-            stop = start + int(mask.sum())
+            stop = start + self._sizes[name]
             if stop - start == mask.numel():
                 full[name] = values[..., start:stop].reshape(*lead, *mask.shape).to(full[name])
             else:
@@ -134,7 +140,7 @@ class Subset:
         return full
 
 
-def _chosen(leaf: Tensor, mask: Tensor) -> Tensor:
-    if bool(mask.all()):  # the usual case, without an index of every entry
+def _chosen(leaf: Tensor, mask: Tensor, size: int) -> Tensor:
+    if size == mask.numel():  # the usual case, without an index of every entry
         return leaf.flatten(leaf.dim() - mask.dim()) if mask.dim() else leaf[..., None]
     return leaf[..., mask.to(leaf.device)]

@@ -233,13 +233,13 @@ def few_labels(config: Config, predictive: bae.Predictive, world: World, seed: i
     return found
 
 
-def run(config: Config, seed: int, records: report.Records, only: Sequence[str] | None) -> dict[str, bae.Predictive]:
+def run(config: Config, seed: int, records: report.Records, flags: report.Flags) -> dict[str, bae.Predictive]:
     """One seed; gives what was fitted with all pixels."""
     first: dict[str, bae.Predictive] = {}
     for setting, world in make_worlds(config, seed).items():
         start = time.perf_counter()
         # zeroing changes test images only
-        fitted = first if setting == "border zeroed" else fit(config, world.train, seed, only)
+        fitted = first if setting == "border zeroed" else fit(config, world.train, seed, flags.methods)
         first = first or fitted
         for method, predictive in fitted.items():
             found = measure(config, predictive, world)
@@ -248,6 +248,8 @@ def run(config: Config, seed: int, records: report.Records, only: Sequence[str] 
                 found |= {name: sum(values) / len(values) for name, values in accuracies.items()}
             for metric, value in found.items():
                 records.add(data=config.data, setting=setting, method=method, metric=metric, seed=seed, value=value)
+        if flags.json:  # after each, since runs are long
+            records.save(flags.json, keeps_others=True)
         print(f"{config.data}, {setting}, seed {seed}: {time.perf_counter() - start:.0f} s")
     return first
 
@@ -298,7 +300,7 @@ def main() -> None:
     configs = [FAST] if flags.fast else [DIGITS, *([MNIST] if flags.full else [])]
     records = report.Records()
     for config in configs:
-        fitted = [run(config, seed, records, flags.methods) for seed in flags.seeds][-1]
+        fitted = [run(config, seed, records, flags) for seed in flags.seeds][-1]
         if config is MNIST:
             for method, values in PUBLISHED.items():
                 for score, value in zip(SCORES, values, strict=True):

@@ -88,3 +88,14 @@ def test_posterior_families(tmp_path):
     after = records.mean(method="VAE, Laplace after the fact", metric="bound", **where)
     assert after > bounds["VAE"] + 1
     assert records.mean(method="IWAE 16", metric="gap", **where) > records.mean(method="VAE", metric="gap", **where)
+
+
+@pytest.mark.slow
+def test_laplacian_autoencoder(tmp_path):
+    records = run("laplacian_autoencoder.py", tmp_path, row="| online: average, running noise")
+    assert {row.setting for row in records.rows} == {"all pixels", "without dead pixels"}
+    online = {"method": "online: average, running noise", "setting": "all pixels"}
+    assert records.mean(metric="median weight sd", **online) > records.mean(
+        metric="median weight sd", method="online: leaky sum, noise 1", setting="all pixels"
+    )
+    assert records.mean(metric="AUROC permuted: code sd", **online) > 0.8

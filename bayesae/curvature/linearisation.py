@@ -57,6 +57,7 @@ class Linearisation:
         self._checked: set[torch.Size] = set()
         self._selection: tuple[Mapping[str, Tensor], Selection] | None = None
         self._factored: dict[int, tuple[Tensor, Tensor]] = {}
+        self._triangular: dict[int, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Linearisation:
         return self  # nothing in it changes
@@ -76,7 +77,7 @@ class Linearisation:
         other = object.__new__(Linearisation)
         vars(other).update(vars(self))
         other.params = {name: at_least_float32(params[name].detach()) for name in self.params}
-        other._checked, other._selection, other._factored = set(self._checked), None, {}
+        other._checked, other._selection, other._factored, other._triangular = set(self._checked), None, {}, {}
         return other
 
     @property
@@ -165,7 +166,9 @@ class Linearisation:
     def compressed(self, factor: Tensor) -> Tensor:
         """A factor (R, width) with R > width in width rows; remembered for a weight of the network."""
         if any(factor is leaf for leaf in self.params.values()):
-            return self.factored(factor)[1]
+            if id(factor) not in self._triangular:
+                self._triangular[id(factor)] = torch.linalg.qr(factor, mode="r").R  # without Q, which costs as much
+            return self._triangular[id(factor)]
         return torch.linalg.qr(factor, mode="r").R
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -279,21 +280,18 @@ class OnlineLaplace:
         part, n_rows = own_rows(batch), len(batch.x)
         place = (n_rows, slice(rank(), None, n_ranks()))
         learns = self._learns(state.joint)
-        curvature, noise = torch.zeros_like(state.total), None
+        found = []
         for one in theta:
             if state.joint.is_deterministic:
-                found, statistics = self._of_network(state, one, part, place, generator, learns)
+                found.append(self._of_network(state, one, part, place, generator, learns))
             else:
-                found, statistics = _of_draws(state, one, part, generator, learns)
-            curvature += found
-            if statistics is not None:
-                noise = statistics if noise is None else noise + statistics
-        sums = add_over_ranks([curvature] if noise is None else [curvature, noise])
+                found.append(_of_draws(state, one, part, generator, learns))
+        sums = add_over_ranks([functools.reduce(torch.add, tensors) for tensors in zip(*found, strict=True)])
         is_published = self.accumulation == "leaky_sum"
         factor = 0.5 * state.joint.n_data / n_rows if is_published else 1.0
         state.total.mul_(self.memory).add_(sums[0], alpha=factor / len(theta))
         state.weight = self.memory * state.weight + n_rows
-        if noise is not None:
+        if learns:
             state.noise = sums[1] if state.noise is None else self.memory * state.noise + sums[1]
             state.joint.likelihood.update_noise(state.noise)  # pyright: ignore[reportAttributeAccessIssue] - it learns
 
@@ -305,8 +303,8 @@ class OnlineLaplace:
         place: tuple[int, slice],
         generator: torch.Generator,
         learns: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Of a deterministic code, by the engine; the noise reads the outputs of the same pass."""
+    ) -> list[Tensor]:
+        """Curvature and noise statistics of a deterministic code; both from one pass of the engine."""
         likelihood, seen = state.joint.likelihood, []
 
         def hessian(outputs: Tensor) -> OutputHessian:
@@ -324,14 +322,16 @@ class OnlineLaplace:
             found = approximate_diagonal(lin, x, hessian, mask=mask)
         if learns and not seen:  # a rank without rows
             seen.append(lin.trace(x)[-1].value)
-        # shared weights have the rows pass twice
-        statistics = _noise(likelihood, torch.cat(seen)[: len(x)], 1, batch) if learns else None
-        return state.chosen.subset.ravel(found), statistics
+        curvature = state.chosen.subset.ravel(found)
+        if not learns:
+            return [curvature]
+        outputs = seen[0] if len(seen[0]) == len(x) else torch.cat(seen)[: len(x)]  # shared weights' rows pass twice
+        return [curvature, _noise(likelihood, outputs, 1, batch)]
 
 
 def _of_draws(
     state: OnlineLaplaceState, theta: Tensor, batch: Batch, generator: torch.Generator, learns: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> list[Tensor]:
     """Of a stochastic code, by a random probe through its draws: E (sum_b J_b^T u_b)^2 where E u u^T is the Hessian."""
     joint, subset = state.joint, state.chosen.subset
     assert joint.draws is not None
@@ -351,8 +351,8 @@ def _of_draws(
         name: torch.zeros_like(leaf) if g is None else g
         for name, leaf, g in zip(subset.masks, leaves, gradients, strict=True)
     }
-    statistics = _noise(joint.likelihood, draws.outputs.detach(), 3, batch) if learns else None
-    return subset.ravel(found)[0].square(), statistics
+    curvature = subset.ravel(found)[0].square()
+    return [curvature, _noise(joint.likelihood, draws.outputs.detach(), 3, batch)] if learns else [curvature]
 
 
 def _noise(likelihood: Any, outputs: Tensor, n_axes: int, batch: Batch) -> Tensor:  # noqa: ANN401 - it learns noise

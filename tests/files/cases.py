@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import bayesae as bae
-from bayesae.families import DiagonalNormal, IndependentNormals, KroneckerNormal, Particles
+from bayesae.families import Chains, DiagonalNormal, IndependentNormals, KroneckerNormal, Mixture, Particles
 from bayesae.functional import parameters_of
 from tests.conftest import small_model
 
@@ -56,6 +56,41 @@ def half_a_tensor():
     return bae.Predictive(model, DiagonalNormal(mean, torch.rand(len(subset), **F64), subset), linearised=True)
 
 
+def chains():
+    one = particles(n=4)
+    return bae.Predictive(one.model, Chains(one.weights.atoms, n_chains=2, log_joint=torch.rand(2, 2, **F64)))
+
+
+def swag(rank):
+    model = small_model()
+    method = bae.weights.SWAG(rank=rank, epochs=4)
+    return bae.Predictive(model, bae.fit_weights(method, model, rows(), seed=0, progress=False))
+
+
+def dropped():
+    model = small_model()
+    method = bae.weights.Dropout(0.3, ("decoder.**",), epochs=1)
+    return bae.Predictive(model, bae.fit_weights(method, model, rows(), seed=0, progress=False))
+
+
+def mixture(each):
+    model = small_model()
+    method = bae.weights.MixtureOf(bae.weights.Ensemble(2, epochs=1), each)
+    return bae.Predictive(model, bae.fit_weights(method, model, rows(), seed=0, progress=False))
+
+
+def mixture_of_unlike():
+    """A component that is a mixture, one of particles, and one with noise that it learned."""
+    model = small_model(bae.likelihoods.Gaussian())
+    mean = parameters_of(model.network)
+    likelihood = bae.likelihoods.Gaussian()
+    likelihood.set_noise_var(0.04)
+    subset = bae.Subset.of(model.network)
+    flat = DiagonalNormal(mean, 0.01 * torch.rand(len(subset), **F64), subset, noise=likelihood.state_dict())
+    bae.estimate_noise(model, rows())
+    return bae.Predictive(model, Mixture([Mixture([flat, flat]), particles(model).weights], {"log_joint": -2.0}))
+
+
 FAMILIES = {
     **{structure: lambda structure=structure: laplace(structure) for structure in STRUCTURES},
     "tuned by layer": lambda: laplace("diagonal", prior_groups="layer"),
@@ -65,6 +100,13 @@ FAMILIES = {
     "particles": particles,
     "one particle": lambda: particles(n=1, codes=bae.codes.encode),
     "side by side": side_by_side,
+    "chains": chains,
+    "diagonal plus low rank": lambda: swag(2),
+    "SWAG-diagonal": lambda: swag(0),
+    "dropped inputs": dropped,
+    "mixture of Laplace": lambda: mixture(bae.weights.Laplace("kronecker")),
+    "multi-SWAG": lambda: mixture(bae.weights.SWAG(rank=2, epochs=4)),
+    "mixture of unlike families": mixture_of_unlike,
 }
 
 L = bae.likelihoods

@@ -83,6 +83,10 @@ def test_nothing_of_a_predictive_is_forgotten():
     assert parameters == ["encoder", "decoder", "likelihood", "data_shape"]
 
 
+def test_no_family_is_forgotten():
+    assert {type(make().weights).__name__ for make in FAMILIES.values()} == set(bae.families.__all__)
+
+
 def test_no_likelihood_is_forgotten():
     assert {name.split(",")[0] for name in LIKELIHOODS} == set(bae.likelihoods.NAMES)
 

@@ -76,12 +76,12 @@ class TestConjugate:
         assert_close(posterior.var, 0.25 * expected_variance(world), rtol=1e-10, atol=0)
 
     def test_mean_converges_to_the_posteriors(self):
-        """From five away to within a tenth of a standard deviation, as the rate goes to 0."""
+        """From five away to within a fifth of a standard deviation, as the rate goes to 0: Adam's last average."""
         world = ConjugateRegression.make()
-        method = OnlineLaplace(epochs=1500, learning_rate=0.1, schedule="cosine")
+        method = OnlineLaplace(epochs=1200, learning_rate=0.1, schedule="cosine")
         posterior = testing.run_inference(method, started(world, at=5.0))
         error = (flat(posterior.mean) - flat(world.mean)) / expected_variance(world).sqrt()
-        assert float(error.abs().max()) < 0.1
+        assert float(error.abs().max()) < 0.2
 
     def test_draws_are_those_of_the_posterior(self):
         """A run's own draws, by their full covariance, within four standard errors."""
@@ -456,3 +456,36 @@ class TestErrors:
     def test_a_run_that_leaves_the_numbers(self, model, rows):
         with pytest.raises(bae.errors.NonFiniteError, match="finite"):
             bae.fit_weights(OnlineLaplace(learning_rate=1e200), model, rows, seed=0)
+
+
+def digits_fit(rows, method, scale, seed):
+    torch.manual_seed(seed)
+    encoder, decoder = bae.nets.mlp(64, [64, 32], 2), bae.nets.mlp(2, [32, 64], 64)
+    model = bae.Autoencoder(encoder, decoder, bae.likelihoods.Gaussian(scale)).eval()
+    return bae.Predictive(model, bae.fit_weights(method, model, rows, batch_size=50, seed=seed))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the published leaky sum")
+def test_the_mechanism_on_digits():
+    """core.md A.3: an average with running noise trains, and tells permuted digits; noise fixed at 1 does not."""
+    train, test = (x.flatten(1) for x in bae.datasets.load("digits", split=("train", "test")))
+    generator = torch.Generator().manual_seed(0)
+    strange = test.gather(1, torch.rand(test.shape, generator=generator).argsort(1))
+    methods = {
+        "leaky": (OnlineLaplace(epochs=60, accumulation="leaky_sum"), 1.0),
+        "fixed": (OnlineLaplace(epochs=60), 1.0),
+        "running": (OnlineLaplace(epochs=60), None),
+    }
+    error, auroc = {}, {}
+    for name, (method, scale) in methods.items():
+        predictive = digits_fit(train, method, scale, 0)
+        with torch.no_grad():
+            mean = {k: leaf[None] for k, leaf in predictive.weights.mean.items()}
+            bound = predictive.model.at(mean)
+            error[name] = float(((bound.decode(bound.encode(test))[0] - test) ** 2).sum(1).mean())
+        sd = [predictive(x, n_weight_draws=30, seed=0).latents[0].std(0).sum(1) for x in (test, strange)]
+        auroc[name] = bae.metrics.auroc(*sd)
+    assert error["running"] < 1.5 * error["leaky"]
+    assert auroc["running"] > 0.95
+    assert error["fixed"] > 1.2 * error["running"]

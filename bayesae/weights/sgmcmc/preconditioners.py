@@ -75,8 +75,8 @@ class ScaleAdaptation:
               G = (V + \lambda)^{-1/2}
 
     element by element, all starting at 1, in burn-in alone. (With r = 1 / tau, as a public implementation has it, the
-    window stays at one gradient for ever in float32: g squared is then V to rounding.) The gradient is that of U, the sum over rows. In `SGHMC`
-    a step_size of the square of the paper's :math:`\epsilon` gives the paper's step.
+    window stays at one gradient for ever in float32: g squared is then V to rounding.) The gradient is that of U, the
+    sum over rows. In `SGHMC` a step_size of the square of the paper's :math:`\epsilon` gives the paper's step.
 
     Args:
         takes_out_noise: Whether the batch gradient's own noise, of variance V as the paper has it, is taken out of

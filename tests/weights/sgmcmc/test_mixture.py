@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_the_mixture():
 # exploration steps of 0.2 / 2 at a curvature of 1 / 0.03 overshoot: from r beside a centre they land 2.3 r on its other
 # side, so that the chain leaves one mode for another until the steps shorten; the same budget for all: 8 x 1200 steps
 COMMON = {"epochs": 1200, "n_chains": 8, "thinning": 1, "burn_in": 0.0, "scale": 0.01}
-CYCLES = Cyclical(30, 0.5)
+CYCLES = Cyclical(30, 0.7)
 
 
 @pytest.mark.filterwarnings("ignore:.*step is long.*:RuntimeWarning")
