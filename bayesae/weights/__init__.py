@@ -6,8 +6,8 @@ from bayesae.weights.ensemble import Ensemble
 from bayesae.weights.laplace import Laplace
 from bayesae.weights.map import MAP
 from bayesae.weights.mean_field import MeanField
-from bayesae.weights.online_laplace import OnlineLaplace
 from bayesae.weights.mixture import MixtureOf
+from bayesae.weights.online_laplace import OnlineLaplace
 from bayesae.weights.sgmcmc import HMC, MALA, SGHMC, SGLD, SGNHT, Cyclical, Decay, RMSProp, ScaleAdaptation
 from bayesae.weights.structures import LowRank
 from bayesae.weights.subnetworks import (
