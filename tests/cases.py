@@ -30,7 +30,6 @@ class WeightCase:
         moves: Whether its draws differ from one another, as all but a point estimate's do.
         fixed: Ends of names of parameters that never differ.
         needs_all_rows: Whether a batch must hold all rows.
-        is_same_on_ranks: Whether two ranks give what one gives, to rounding; noise of rows makes it so in law only.
     """
 
     name: str
@@ -42,7 +41,6 @@ class WeightCase:
     moves: bool = True
     fixed: tuple[str, ...] = ()
     needs_all_rows: bool = False
-    is_same_on_ranks: bool = True
 
     def __str__(self):
         return self.name
@@ -160,7 +158,6 @@ WEIGHT_CASES = [
             lambda estimator=estimator, rank=rank: bae.weights.MeanField(
                 2, 1e-2, estimator=estimator, initial_scale=0.05, rank=rank
             ),
-            is_same_on_ranks=estimator == "weights",
         )
         for estimator, rank in (("weights", 0), ("local", 0), ("flipout", 2))
     ),

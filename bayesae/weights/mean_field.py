@@ -293,7 +293,10 @@ class MeanField:
         """Log-likelihood over T with weights that rows draw for themselves, this rank's share, averaged over draws."""
         assert self.estimator != "weights"
         chosen, n_rows = state.chosen, len(batch.x)
-        numbers = RowNoise(self.estimator, n_rows, slice(rank(), None, n_ranks()), state.generator)
+        # of its own: a rank without rows runs no layer
+        seed = int(torch.randint(2**62, (), generator=state.generator, device=state.generator.device))
+        generator = torch.Generator(state.generator.device).manual_seed(seed)
+        numbers = RowNoise(self.estimator, n_rows, slice(rank(), None, n_ranks()), generator)
         zeros = {name: torch.zeros_like(leaf) for name, leaf in chosen.base.items()}
         scales = chosen.subset.scatter(state.law.scale[None], zeros)
         values = []

@@ -34,7 +34,7 @@ def on_two_ranks(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in WEIGHT_CASES if case.is_same_on_ranks], ids=str)
+@pytest.mark.parametrize("case", WEIGHT_CASES, ids=str)
 def test_two_ranks_are_one_process(case, on_two_ranks):
     alone = numbers(posterior_of(case, all_rows()))
     for of_rank in on_two_ranks:
