@@ -133,13 +133,12 @@ def convergence(
     outputs, densities = predictive.over_chunks(
         measure, x, mask, chunk_size=chunk_size, seed=seed, progress=progress
     )  # (C n, N, ...)
-    numbers = []
-    for values in (outputs, densities):
-        own = chains.by_chain(values)
-        numbers += [split_rhat(own), ess(own)]
     trace, none = chains.log_joint, torch.empty(0, dtype=torch.float64)
-    numbers += [none, none] if trace is None else [split_rhat(trace), ess(trace)]
-    found = Convergence(*numbers[:4], trace, *numbers[4:], chains.n_chains, len(outputs) // chains.n_chains)
+    judged = {"output": chains.by_chain(outputs), "log_likelihood": chains.by_chain(densities), "log_joint": trace}
+    rhat = {f"{name}_rhat": none if own is None else split_rhat(own) for name, own in judged.items()}
+    sizes = {f"{name}_ess": none if own is None else ess(own) for name, own in judged.items()}
+    n_draws = len(outputs) // chains.n_chains
+    found = Convergence(log_joint=trace, n_chains=chains.n_chains, n_draws=n_draws, **rhat, **sizes)
     apart = {name: share for name, share in found.shares_apart.items() if share > _SHARE}
     if apart:
         named = ", ".join(
