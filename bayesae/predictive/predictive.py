@@ -23,7 +23,7 @@ from bayesae.families import Mixture
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
 from bayesae.models import Autoencoder
 from bayesae.predictive.mixtures import mixed
-from bayesae.predictive.streams import Pool, check_chunk, check_size, linearise
+from bayesae.predictive.streams import Pool, check_chunk, check_size, linearise, spread
 from bayesae.types import Batch, Params, WeightPosterior
 
 __all__ = ["Predictive"]
@@ -358,7 +358,7 @@ class Predictive:
                     is_point = draws.log_q is None
                     mean = draws.likelihood.mean(draws.outputs)
                     noise = draws.likelihood.variance(draws.outputs).mean(0)
-                    pools.setdefault(start, Pool()).add(mean.mean(0), noise, mean.var(0, correction=0))
+                    pools.setdefault(start, Pool()).add(mean.mean(0), noise, spread(mean))
         # particles that each came equally often, with a code that has nothing to draw, are the whole integral
         n, n_atoms = pools[0].count, self.weights.n_atoms
         is_exact = is_point and n_atoms is not None and n % n_atoms == 0
