@@ -278,7 +278,10 @@ class OnlineLaplace:
     def _take_in(self, state: OnlineLaplaceState, theta: Tensor, batch: Batch, generator: torch.Generator) -> None:
         """Curvature and noise statistics of one batch at weights (S, P)."""
         part, n_rows = own_rows(batch), len(batch.x)
-        place = (n_rows, slice(rank(), None, n_ranks()))
+        place, has_rows = (n_rows, slice(rank(), None, n_ranks())), len(part.x) > 0
+        if not has_rows:  # zeros, in the shapes of the others'
+            fields = {name: value[:1] for name, value in batch._asdict().items() if value is not None}
+            part, place = Batch(**fields), (n_rows, slice(1))
         learns = self._learns(state.joint)
         found = []
         for one in theta:
@@ -286,7 +289,8 @@ class OnlineLaplace:
                 found.append(self._of_network(state, one, part, place, generator, learns))
             else:
                 found.append(_of_draws(state, one, part, generator, learns))
-        sums = add_over_ranks([functools.reduce(torch.add, tensors) for tensors in zip(*found, strict=True)])
+        own = [functools.reduce(torch.add, tensors) for tensors in zip(*found, strict=True)]
+        sums = add_over_ranks(own if has_rows else [torch.zeros_like(tensor) for tensor in own])
         is_published = self.accumulation == "leaky_sum"
         factor = 0.5 * state.joint.n_data / n_rows if is_published else 1.0
         state.total.mul_(self.memory).add_(sums[0], alpha=factor / len(theta))
@@ -320,8 +324,6 @@ class OnlineLaplace:
             found = ggn_diagonal(lin, x, hessian, mask=mask)
         else:
             found = approximate_diagonal(lin, x, hessian, mask=mask)
-        if learns and not seen:  # a rank without rows
-            seen.append(lin.trace(x)[-1].value)
         curvature = state.chosen.subset.ravel(found)
         if not learns:
             return [curvature]
