@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import bayesae as bae
 from bayesae import random
 from bayesae.curvature import Layout, RotatedBlock
-from bayesae.families import DenseNormal, DiagonalNormal, KroneckerNormal, LowRankNormal
+from bayesae.families import DenseNormal, DiagonalNormal, FactorNormal, KroneckerNormal, LowRankNormal
 from bayesae.functional import parameters_of
 from tests.twins import dense_jacobian
 
@@ -70,6 +70,17 @@ def low_rank():
     return net, family, embed(net, some(net), torch.linalg.inv(torch.diag(d) + factor.mT @ factor))
 
 
+def factor():
+    net = network()
+    size = len(some(net))
+    var, rows = normal_matrix(size, 3, 1)[0] ** 2 + 0.2, normal_matrix(size, 4, 3)
+    return (
+        net,
+        FactorNormal(parameters_of(net), var, rows, some(net)),
+        embed(net, some(net), torch.diag(var) + rows.mT @ rows),
+    )
+
+
 def kronecker():
     """The first layer a block; of the second one bias is fixed."""
     net = network()
@@ -92,7 +103,7 @@ def embed(net, subset, matrix):
     return full
 
 
-FAMILIES = [diagonal, dense, low_rank, kronecker]
+FAMILIES = [diagonal, dense, low_rank, factor, kronecker]
 
 
 @pytest.mark.parametrize("build", FAMILIES, ids=lambda f: f.__name__)
@@ -154,6 +165,9 @@ class TestNormal:
             LowRankNormal: lambda: LowRankNormal(
                 family.mean, torch.zeros(0, dtype=DOUBLE), torch.zeros(0, 0, dtype=DOUBLE), none
             ),
+            FactorNormal: lambda: FactorNormal(
+                family.mean, torch.zeros(0, dtype=DOUBLE), torch.zeros(0, 0, dtype=DOUBLE), none
+            ),
             KroneckerNormal: lambda: KroneckerNormal(family.mean, []),
         }[type(family)]()
         assert_close(empty.sample(2), {name: leaf.expand(2, *leaf.shape) for name, leaf in family.mean.items()})
@@ -169,6 +183,8 @@ class TestRefusals:
             DenseNormal(params, torch.eye(3, dtype=DOUBLE), subset)
         with pytest.raises(bae.errors.ShapeError, match=rf"factor \(K, {size}\)"):
             LowRankNormal(params, torch.ones(size, dtype=DOUBLE), torch.ones(size, 2, dtype=DOUBLE), subset)
+        with pytest.raises(bae.errors.ShapeError, match=rf"var \({size},\) and factor \(K, {size}\)"):
+            FactorNormal(params, torch.ones(size, dtype=DOUBLE), torch.ones(size, 2, dtype=DOUBLE), subset)
         with pytest.raises(bae.errors.ShapeError, match="variances of shape .* for '2.bias'"):
             KroneckerNormal(params, [], {"2.bias": torch.ones(1, dtype=DOUBLE)})
         first = block("0", params["0.weight"], 5)
@@ -193,6 +209,8 @@ class TestRefusals:
         wrong[2] = -0.5
         with pytest.raises(bae.errors.DataError, match="non-negative variances; got -0.5"):
             DiagonalNormal(params, wrong, subset)
+        with pytest.raises(bae.errors.DataError, match="non-negative variances; got -0.5"):
+            FactorNormal(params, wrong, wrong[None], subset)
         with pytest.raises(bae.errors.DataError, match="positive diagonal of the precision"):
             LowRankNormal(params, wrong.clamp(min=0), wrong[None], subset)
         with pytest.raises(bae.errors.DataError, match="non-negative variances of '2.bias'"):
@@ -223,6 +241,7 @@ class TestRefusals:
         for build in (
             lambda: DenseNormal(params, nan, subset),
             lambda: LowRankNormal(params, nan[0], nan, subset),
+            lambda: FactorNormal(params, nan[0].nan_to_num(1.0), nan, subset),
             lambda: KroneckerNormal(params, [dataclasses.replace(first, values=first.values * torch.nan)]),
             lambda: KroneckerNormal(params, [], {"2.bias": nan[0, :3]}),
         ):
