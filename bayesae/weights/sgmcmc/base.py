@@ -64,7 +64,8 @@ class MarkovChains(ABC):
 
     Args:
         epochs: Passes over the data, burn-in included.
-        n_chains: C. Each chain's random numbers depend on the seed and its place alone; ranks share the chains.
+        n_chains: C. Each chain's random numbers depend on the seed and its place alone; ranks share the chains. (Codes
+            that are drawn are drawn for a rank's chains together, so that their noise depends on how many these are.)
         burn_in: Share of the run that is not kept, in [0, 1).
         thinning: One of so many sampling steps is kept.
         start: "trained" starts at the network, "fresh" at new initialisations of its layers.
