@@ -1,4 +1,4 @@
-"""Every weight method under every consumer, with a deterministic and a stochastic code; new rows enter by themselves."""
+"""Every weight method under every consumer, with a plain and a stochastic code; new rows enter by themselves."""
 
 from __future__ import annotations
 
