@@ -89,19 +89,19 @@ def ensemble(config: Config, step: float, **options: Any) -> weights.Ensemble:  
     return weights.Ensemble(config.n_members, config.epochs, config.learning_rate, **options)
 
 
-SMALL, SCALED = (1e-7, 1e-6, 1e-5), (1e-6, 1e-5, 1e-4)
+SMALL, SCALED = (1e-7, 1e-6, 1e-5), (1e-5, 1e-4, 1e-3)
 METHODS = {
     "MAP": Method(lambda c, s: weights.MAP()),
     "Laplace, diagonal": Method(lambda c, s: weights.Laplace()),
     "Laplace, Kronecker": Method(lambda c, s: weights.Laplace("kronecker")),
     "Laplace, low rank": Method(lambda c, s: weights.Laplace("low_rank")),
-    "online Laplace": Method(lambda c, s: weights.OnlineLaplace(c.epochs, s), (1e-4, 1e-3)),
-    "SWAG, diagonal": Method(lambda c, s: weights.SWAG(0, c.epochs, s), (1e-6, 1e-5, 1e-4)),
-    "SWAG": Method(lambda c, s: weights.SWAG(min(20, c.epochs // 2), c.epochs, s), (1e-6, 1e-5, 1e-4)),
-    "mean field, shared weights": Method(lambda c, s: weights.MeanField(c.epochs, s), (1e-4, 1e-3)),
-    "mean field, local": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="local"), (1e-4, 1e-3)),
-    "mean field, Flipout": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="flipout"), (1e-4, 1e-3)),
-    "factor covariance": Method(lambda c, s: weights.MeanField(c.epochs, s, rank=5), (1e-4, 1e-3)),
+    "online Laplace": Method(lambda c, s: weights.OnlineLaplace(c.epochs, s), (1e-5, 1e-4, 1e-3)),
+    "SWAG, diagonal": Method(lambda c, s: weights.SWAG(0, c.epochs, s), (1e-5, 1e-4, 1e-3)),
+    "SWAG": Method(lambda c, s: weights.SWAG(min(20, c.epochs // 2), c.epochs, s), (1e-5, 1e-4, 1e-3)),
+    "mean field, shared weights": Method(lambda c, s: weights.MeanField(c.epochs, s), (1e-4, 1e-3, 5e-3)),
+    "mean field, local": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="local"), (1e-4, 1e-3, 5e-3)),
+    "mean field, Flipout": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="flipout"), (1e-4, 1e-3, 5e-3)),
+    "factor covariance": Method(lambda c, s: weights.MeanField(c.epochs, s, rank=5), (1e-4, 1e-3, 5e-3)),
     "SGLD": chains(weights.SGLD, SMALL),
     "SGLD, preconditioned": chains(partial(weights.SGLD, preconditioner=weights.RMSProp()), SCALED),
     "SGLD, cyclical": chains(partial(weights.SGLD, schedule=weights.Cyclical(4)), SMALL, burn_in=0.0),
@@ -114,7 +114,7 @@ METHODS = {
     "dropout": Method(lambda c, s: weights.Dropout(s, epochs=c.epochs), (0.01, 0.05, 0.2)),
     "Laplace over an ensemble": Method(lambda c, s: weights.MixtureOf(ensemble(c, s), weights.Laplace())),
     "SWAG over an ensemble": Method(
-        lambda c, s: weights.MixtureOf(ensemble(c, s), weights.SWAG(min(20, c.epochs // 2), c.epochs, s)), (1e-6, 1e-5)
+        lambda c, s: weights.MixtureOf(ensemble(c, s), weights.SWAG(min(20, c.epochs // 2), c.epochs, s)), (1e-5, 1e-4)
     ),
 }
 
