@@ -89,7 +89,7 @@ def ensemble(config: Config, step: float, **options: Any) -> weights.Ensemble:  
     return weights.Ensemble(config.n_members, config.epochs, config.learning_rate, **options)
 
 
-SMALL, SCALED = (1e-7, 1e-6, 1e-5), (1e-5, 1e-4, 1e-3)
+SMALL, SCALED = (1e-7, 1e-6, 1e-5), (1e-6, 1e-5, 1e-4, 1e-3)
 METHODS = {
     "MAP": Method(lambda c, s: weights.MAP()),
     "Laplace, diagonal": Method(lambda c, s: weights.Laplace()),
