@@ -115,8 +115,8 @@ class OnlineLaplace:
         keep the prior's variance, and inputs that touch them get all of it. Of a stochastic code a probe's square is
         that of a sum over rows: the average is unbiased, its relative error :math:`\sqrt{2 (1 - m) / (1 + m)}`; and
         what the code's density itself curves beyond its draws is left out.
-    Cost: a step takes 1.6 to 1.9 times a step of Adam on the network ("monte_carlo"), 2.7 to 3.6 times ("exact");
-        memory 7 P.
+    Cost: a step takes about 2.5 times a step of Adam on the network ("monte_carlo"), 5 times ("exact"); see
+        ``benchmarks/online_laplace.py``. Memory 7 P.
 
     Raises:
         DataError: If a number is out of its range.
