@@ -19,12 +19,12 @@ weights, or on draws of the code, which share their weights.
 0 in the training images set to 0 on both sides, beside a VAE's (standard deviations over draws of its code). The
 published numbers are of 55,000 images and 37 epochs of 1,100 steps.
 
-Expected on the digits (checked at the end, CLAIMS; set from seeds 0 and 1): with noise fixed at 1 the average collapses
-to the mean image (squared error 4.7) and its code's deviation tells nothing; with the running noise it trains (3.6, less
-than 1.5 times the leaky sum's 2.7) and tells permuted digits (AUROC 0.99) and lit dead pixels (0.8). A Laplace posterior put
-on afterwards reconstructs better (2.3) and tells permuted digits as well, but not lit dead pixels (0.6): its tuned prior
-is narrow. Without dead pixels the running noise trained less far by 60 epochs (4.2 against 2.6, seed 0), and with
-10 labels a class its codes classify 0.2 worse than the plain network's.
+Expected on the digits (checked at the end, CLAIMS; set from seeds 0 and 1): with noise fixed at 1 the average
+collapses to the mean image (squared error 4.7) and its code's deviation tells nothing; with the running noise it
+trains (3.6, less than 1.5 times the leaky sum's 2.7) and tells permuted digits (AUROC 0.99) and lit dead pixels
+(0.8). A Laplace posterior put on afterwards reconstructs better (2.3) and tells permuted digits as well, but not lit
+dead pixels (0.6): its tuned prior is narrow. Without dead pixels the running noise trained less far by 60 epochs (4.2
+against 2.6, seed 0), and with 10 labels a class its codes classify 0.2 worse than the plain network's.
 
 Runtime: digits about three minutes of one core a seed; MNIST ten; ``--fast`` ten seconds.
 """
