@@ -114,9 +114,9 @@ def fit_weights(
 ) -> WeightPosterior:
     r"""Fit q(theta): builds the log-joint of ``model`` and steps ``inference`` over the data.
 
-    Within a process group of `torch.distributed` (under ``torchrun``, say) all ranks call it with the same arguments and
-    get the same posterior: chains and members are spread over ranks, the rows of every batch divided where there is one
-    set of weights, and each rank keeps a checkpoint of its own (``checkpoint`` with ``.rank1`` and so on).
+    Within a process group of `torch.distributed` (under ``torchrun``, say) all ranks call it with the same arguments
+    and get the same posterior: chains and members are spread over ranks, the rows of every batch divided where there is
+    one set of weights, and each rank keeps a checkpoint of its own (``checkpoint`` with ``.rank1`` and so on).
 
     The model is copied first and never touched. A posterior over encoder weights under an objective in which the
     code has seen x is a generalised posterior.
