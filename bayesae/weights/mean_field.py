@@ -208,7 +208,7 @@ class MeanField:
             got, fix = f"a bound of {float(bound)} nats", "Lower learning_rate or initial_scale, or scale the data."
             posterior = self.posterior(state, joint) if state.n_seen else None
             raise DivergedError("a finite bound and gradient", got, fix, posterior)
-        log_joint = float(bound + law.entropy().detach())
+        log_joint = float(bound - law.entropy().detach())
         for number, gradient in zip(law.numbers, gradients, strict=True):
             number.grad = gradient / -joint.n_data  # so that the learning rate does not depend on N
         for group in state.optimiser.param_groups:

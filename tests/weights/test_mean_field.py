@@ -111,6 +111,14 @@ class TestTheBound:
         for gradient in ascent(method, state, world.batch, world.joint)[2]:
             assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-8)
 
+    @pytest.mark.parametrize("temperature", [1.0, 0.3])
+    def test_an_update_tells_the_log_joint_and_not_the_bound(self, temperature):
+        world, method = correlated().with_temperature(temperature), MeanField(initial_scale=1e-9)
+        state = method.init(parameters_of(world.joint.network), world.joint)
+        draws = {name: leaf[None] for name, leaf in parameters_of(world.joint.network).items()}
+        _, info = method.update(state, world.batch, world.joint)
+        assert info.log_joint == pytest.approx(float(world.joint.estimate(draws, world.batch)), rel=1e-5)
+
     def test_a_mixture_of_two_equal_scales_is_one_normal(self):
         world, method = correlated(), SigmaPoints()
         scale = 2.0**-0.5
