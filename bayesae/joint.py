@@ -177,6 +177,7 @@ class LogJoint:
         inputs: What ``network`` takes for a batch; its x by default.
         draws: The draws of codes that ``per_example`` reduces, with outputs, where a code is stochastic and somebody
             wants more of them than their densities.
+        n_pass: Rows that one pass over the data reads, where these are not N: methods that go by passes count them.
 
     Raises:
         DataError: If the temperature is not positive, or there is no row.
@@ -191,12 +192,18 @@ class LogJoint:
     is_deterministic: bool = True
     inputs: Callable[[Batch], Tensor] = _x_of
     draws: Callable[[Params, Batch], Draws] | None = None
+    n_pass: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf or self.n_data < 1:
             raise DataError(
                 "a positive temperature and n_data >= 1", f"{self.temperature} and {self.n_data}", "1 is Bayes."
             )
+
+    @property
+    def rows_of_pass(self) -> int:
+        """Rows that one pass reads; N unless ``n_pass`` says otherwise."""
+        return self.n_data if self.n_pass is None else self.n_pass
 
     def estimate(self, params: Params, batch: Batch) -> Tensor:
         r"""Unbiased estimate of log p(D, theta) / T from one batch, (S,), in nats.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,8 +58,10 @@ def test_a_members_numbers_depend_on_its_place_alone():
     assert_close(members.normal(4, like), again, rtol=0, atol=0)
 
 
-def test_progress_is_a_share_of_rows():
-    assert [progress(n, 2, 10) for n in (0, 5, 20, 25)] == [0, 0.25, 1, 1]
+def test_progress_is_a_share_of_the_rows_of_a_pass(model):
+    joint = bae.log_joint(model, n_data=10)
+    assert [progress(n, 2, joint) for n in (0, 5, 20, 25)] == [0, 0.25, 1, 1]
+    assert [progress(n, 2, replace(joint, n_pass=5)) for n in (0, 5, 20)] == [0, 0.5, 1]
 
 
 def test_chains_are_judged_by_chain():

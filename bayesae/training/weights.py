@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -177,6 +177,7 @@ def fit_weights(
         weight_prior=weight_prior,
         temperature=temperature,
     )
+    joint = replace(joint, n_pass=rows_of_pass(data, n_data))
     arguments: dict[str, str] = {}
     if checkpoint is not None:  # checksums take a pass over the data
         words = {

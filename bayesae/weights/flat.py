@@ -103,6 +103,6 @@ class Members:
             generator.set_state(state.cpu())
 
 
-def progress(n_seen: int, epochs: int, n_data: int) -> float:
-    """Share of ``epochs`` passes over N rows that is done after ``n_seen`` of them, in [0, 1]."""
-    return min(n_seen / (epochs * n_data), 1.0)
+def progress(n_seen: int, epochs: int, joint: LogJoint) -> float:
+    """Share of ``epochs`` passes that is done after ``n_seen`` rows, in [0, 1]."""
+    return min(n_seen / (epochs * joint.rows_of_pass), 1.0)

@@ -197,10 +197,10 @@ class MeanField:
 
     def update(self, state: MeanFieldState, batch: Batch, joint: LogJoint) -> tuple[MeanFieldState, Info]:
         """One step of Adam up the bound."""
-        if state.n_seen % joint.n_data == 0:
+        if state.n_seen % joint.rows_of_pass == 0:
             state.sums = {"n": 0.0, "bound": 0.0, "kl": 0.0}
         state.batch_size = state.batch_size or len(batch.x)
-        done, law = progress(state.n_seen, self.epochs, joint.n_data), state.law
+        done, law = progress(state.n_seen, self.epochs, joint), state.law
         log_likelihood, kl, gradients = self._ascent(state, self._noise(state), batch, joint)
         bound = log_likelihood - kl
         is_finite = torch.stack([bound, *[gradient.sum() for gradient in gradients]]).isfinite().all()
@@ -311,11 +311,11 @@ class MeanField:
 
     def _kl_factor(self, state: MeanFieldState, joint: LogJoint) -> float:
         if callable(self.kl_schedule):
-            return factor_at(self.kl_schedule, progress(state.n_seen, self.epochs, joint.n_data))
+            return factor_at(self.kl_schedule, progress(state.n_seen, self.epochs, joint))
         if self.kl_schedule == "uniform":
             return 1.0
-        n_batches = math.ceil(joint.n_data / state.batch_size)
-        place = 1 + (state.n_seen % joint.n_data) // state.batch_size
+        n_batches = math.ceil(joint.rows_of_pass / state.batch_size)
+        place = 1 + (state.n_seen % joint.rows_of_pass) // state.batch_size
         return n_batches * 0.5**place / (1 - 0.5**n_batches)
 
 

@@ -41,8 +41,8 @@ class MixtureOf:
 
     ``MixtureOf(Ensemble(5), Laplace())`` is a mixture of five Laplace approximations, multi-SWAG is
     ``MixtureOf(Ensemble(5), SWAG())``, and ``MixtureOf(MAP(), Laplace())`` the Laplace approximation itself. The first
-    method has the first ``base.epochs`` passes of ``joint.n_data`` rows, the second the others, in which every batch
-    goes to all members.
+    method has the first ``base.epochs`` passes, of ``joint.rows_of_pass`` rows each, the second the others, in which
+    every batch goes to all members.
 
     Args:
         base: Leaves particles: `Ensemble`, `MAP`, or a sampler.
@@ -91,9 +91,9 @@ class MixtureOf:
         state = self._at_phase(state, joint)
         if state.base is not None:
             raise NotFittedError(
-                f"{self.base.epochs} passes of {joint.n_data} rows, and those of the second method",
+                f"{self.base.epochs} passes of {joint.rows_of_pass} rows, and those of the second method",
                 f"{state.n_seen} rows in all",
-                "Is n_data the number of rows of one pass?",
+                "Is n_pass the number of rows of one pass?",
             )
         return Mixture([self.each.posterior(one, joint) for one in state.each], info_of(joint))
 
@@ -115,7 +115,7 @@ class MixtureOf:
 
     def _at_phase(self, state: MixtureState, joint: LogJoint) -> MixtureState:
         """The state that the next row belongs to."""
-        if state.base is None or state.n_seen < self.base.epochs * joint.n_data:
+        if state.base is None or state.n_seen < self.base.epochs * joint.rows_of_pass:
             return state
         found = self.base.posterior(state.base, joint)
         if found.n_atoms is None:

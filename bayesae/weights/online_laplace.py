@@ -215,7 +215,7 @@ class OnlineLaplace:
             gradient += state.prior * theta / joint.temperature
         # divided by N, so that the learning rate does not depend on the size of the data set
         state.mean.grad = gradient.mean(0).div_(-joint.n_data)
-        done = progress(state.n_seen, self.epochs, joint.n_data)
+        done = progress(state.n_seen, self.epochs, joint)
         state.optimiser.param_groups[0]["lr"] = self.learning_rate * factor_at(self.schedule, done)
         state.optimiser.step()
         self._take_in(state, theta, batch, generator)

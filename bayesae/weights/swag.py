@@ -143,9 +143,9 @@ class SWAG:
                 self._normal(state, joint) if state.n_collected > 1 and state.squares.isfinite().all() else None,
             )
         velocity = self.momentum * state.velocity + gradient / joint.n_data
-        theta = state.theta + self.learning_rate * self._factor(state.n_seen, joint.n_data) * velocity
+        theta = state.theta + self.learning_rate * self._factor(state.n_seen, joint) * velocity
         n_seen = state.n_seen + len(batch.x)
-        is_due = self._n_due(n_seen, joint.n_data) > self._n_due(state.n_seen, joint.n_data)
+        is_due = self._n_due(n_seen, joint) > self._n_due(state.n_seen, joint)
         state = replace(state, theta=theta, velocity=velocity, n_seen=n_seen)
         return self._collected(state, theta) if is_due else state, Info(value)
 
@@ -192,16 +192,16 @@ class SWAG:
         last = tuple(leaf.to(chosen.start, copy=True) for leaf in packed["last"])
         return SWAGState(chosen, n_seen=packed["n_seen"], n_collected=packed["n_collected"], last=last, **moved)
 
-    def _factor(self, n_seen: int, n_data: int) -> float:
+    def _factor(self, n_seen: int, joint: LogJoint) -> float:
         """Of the rate, before a step."""
         if not self.is_cyclical:
-            return factor_at(self.schedule, progress(n_seen, self.epochs, n_data))
-        n_cycles = n_seen / (self.collect_every * n_data) + _ROUNDING
+            return factor_at(self.schedule, progress(n_seen, self.epochs, joint))
+        n_cycles = n_seen / (self.collect_every * joint.rows_of_pass) + _ROUNDING
         return factor_at(self.schedule, max(n_cycles % 1 - _ROUNDING, 0.0))
 
-    def _n_due(self, n_seen: int, n_data: int) -> int:
+    def _n_due(self, n_seen: int, joint: LogJoint) -> int:
         """Collections that are due after so many rows, those of the burn-in not among them."""
-        return max(0, math.floor(n_seen / (self.collect_every * n_data) + _ROUNDING) - self._n_burnt)
+        return max(0, math.floor(n_seen / (self.collect_every * joint.rows_of_pass) + _ROUNDING) - self._n_burnt)
 
     @property
     def _n_burnt(self) -> int:

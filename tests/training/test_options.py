@@ -237,6 +237,32 @@ class TestNData:
         )
         assert optimiser.rates == pytest.approx([0.1 * (1 - done / 18) for done in (0, 3, 6, 9, 12, 15)])
 
+    @pytest.mark.parametrize(
+        "method",
+        [
+            bae.weights.SGLD(1e-8, epochs=8, thinning=1, n_chains=1),
+            bae.weights.SWAG(rank=2, epochs=8),
+            bae.weights.MixtureOf(bae.weights.Ensemble(2, epochs=3), bae.weights.SWAG(rank=0, epochs=8)),
+        ],
+        ids=lambda method: type(method).__name__,
+    )
+    @pytest.mark.parametrize("n_data", [5, 90])
+    def test_burn_in_and_phases_go_by_the_rows_of_a_pass(self, model, rows, method, n_data):
+        posterior = bae.fit_weights(method, model, rows, batch_size=3, n_data=n_data, seed=0)
+        last = posterior.components[0] if isinstance(posterior, bae.families.Mixture) else posterior
+        # half of 8 passes of 3 steps; or the ends of passes 5 to 8
+        assert (last.n_atoms or last.info["n_collected"]) == (12 if last.n_atoms else 4)
+
+    def test_schedules_of_weights_end_with_the_run(self, model, rows):
+        seen = []
+
+        def schedule(share):
+            return 1 - (seen.append(share) or share)
+
+        method = bae.weights.MeanField(epochs=2, schedule=schedule)
+        bae.fit_weights(method, model, rows, batch_size=3, n_data=90, seed=0)
+        assert seen == pytest.approx([done / 18 for done in (0, 3, 6, 9, 12, 15)])
+
     @pytest.mark.parametrize("n_data", [5, 90])
     def test_several_passes_want_the_rows_of_one(self, model, rows, n_data):
         seen = []

@@ -112,7 +112,7 @@ class MarkovChains(ABC):
         """One step of every chain; the state is moved in place."""
         if state.n_steps == 0:
             self._check_plan(len(batch.x), joint)
-        phase = self._phase(state.n_steps, progress(state.n_seen, self.epochs, joint.n_data))
+        phase = self._phase(state.n_steps, progress(state.n_seen, self.epochs, joint))
         values, gradient = self._look(state, batch, joint)
         every: list[float] = gather_members(values, self.n_chains).tolist()
         self._check_energy(state, every, joint)
@@ -170,7 +170,7 @@ class MarkovChains(ABC):
 
     def _check_plan(self, batch_size: int, joint: LogJoint) -> None:
         """Raise if batches of this size leave nothing to keep: before the run, not after it."""
-        n_steps = self.epochs * math.ceil(joint.n_data / batch_size)
+        n_steps = self.epochs * math.ceil(joint.rows_of_pass / batch_size)
         n_sampled = 0
         for step in range(math.ceil(self.burn_in * n_steps), n_steps):
             n_sampled += self._phase(step, step / n_steps).is_sampling
