@@ -55,9 +55,9 @@ class Convergence:
     def shares_apart(self) -> dict[str, float]:
         """Shares of the numbers that move with an R-hat above 1.1, or fewer than 5 effective draws a half-chain."""
         return {
-            name: float(((rhat > _RHAT) | (size < _ESS * 2 * self.n_chains))[rhat.isfinite()].double().mean())
+            name: float(((rhat > _RHAT) | (size < _ESS * 2 * self.n_chains))[~rhat.isnan()].double().mean())
             for name, rhat, size in self._rows()
-            if bool(rhat.isfinite().any())
+            if not bool(rhat.isnan().all())  # infinite where every chain stands still, in a place of its own
         }
 
     def _rows(self) -> list[tuple[str, Tensor, Tensor]]:
@@ -74,7 +74,7 @@ class Convergence:
             if name not in shares:
                 lines.append(f"{name:>22}  {'never moves' if rhat.numel() else 'none':>12}")
                 continue
-            rhat, size = rhat[rhat.isfinite()], size[rhat.isfinite()]
+            rhat, size = rhat[~rhat.isnan()], size[~rhat.isnan()]
             lines.append(
                 f"{name:>22}  {float(rhat.median()):>12.3f}  {float(rhat.max()):>8.3f}  "
                 f"{float(size.median()):>10.0f}  {float(size.min()):>8.0f}  {shares[name]:>6.1%}"

@@ -25,7 +25,7 @@ def split_rhat(values: Tensor) -> Tensor:
         values: (C, M, \*shape), C chains of M draws each, M >= 4; a middle draw of an odd number is left out.
 
     Returns:
-        (\*shape), float64; NaN where a number never moves.
+        (\*shape), float64; NaN where a number never moves, infinite where each chain stands still in another place.
 
     Exact when: chains of independent draws of one law: it goes to 1 as they grow, at a distance of order 1 / n.
     Biased when: all chains miss the same part of the posterior: it is then 1 as well. Start them wide apart.

@@ -52,6 +52,18 @@ def test_chains_apart_are_told(model, rows):
     assert found.log_joint is None and found.log_joint_rhat.numel() == 0 and "none" in str(found)
 
 
+def test_chains_that_stand_still_in_different_places_are_told(model, rows):
+    posterior = chains_of(model, (0.0, 0.5), scale=0.0)
+    with pytest.warns(RuntimeWarning, match=r"not come together: .*100% of the outputs, 100% of the log-densities"):
+        found = evaluation.convergence(bae.Predictive(model, posterior), rows)
+    assert float(found.output_rhat.min()) > 1e6 and "100.0%" in str(found)
+
+
+def test_chains_that_stand_still_in_one_place_never_move(model, rows):
+    found = evaluation.convergence(bae.Predictive(model, chains_of(model, (0.0, 0.0), scale=0.0)), rows)
+    assert found.shares_apart == {} and "never moves" in str(found)
+
+
 def test_an_energy_that_drifts_is_told(model, rows):
     trace = torch.linspace(0, 5, 40).expand(2, -1) + torch.randn(2, 40)
     posterior = chains_of(model, (0.0, 0.0), log_joint=trace)
