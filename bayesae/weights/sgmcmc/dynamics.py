@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesae.distributed import gather_members
 from bayesae.errors import DataError, UnsupportedError
 from bayesae.joint import LogJoint
 from bayesae.types import Batch
@@ -202,7 +203,7 @@ class SGNHT(_Momentum):
         subset: Weights that move.
 
     Returns:
-        As `SGLD`. ```info``` is the mean of xi over chains at the end.
+        As `SGLD`, and ``info["friction"]``, the mean of xi over chains at the end.
 
     Exact when: as `SGLD`, with gradient noise of one variance for all weights (divided by G) and directions.
     Biased when: that noise differs between weights: the thermostat knows their mean alone, and momenta of chains with
@@ -242,3 +243,8 @@ class SGNHT(_Momentum):
         xi = moving["thermostat"].clamp(0, 1)
         by_step = self._curvature_error(moving, n_kept, 0.0)
         return {"discretisation_error": torch.maximum(by_step, xi / 2)}
+
+    def _judge(self, state: ChainState, joint: LogJoint) -> tuple[dict[str, float], list[str]]:
+        numbers, texts = super()._judge(state, joint)
+        friction = gather_members(state.moving["thermostat"], self.n_chains)
+        return numbers | {"friction": float(friction.mean())}, texts

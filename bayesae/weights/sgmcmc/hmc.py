@@ -108,6 +108,8 @@ class _Metropolis(MarkovChains):
         self, state: ChainState, gradient: Tensor, phase: Phase, is_kept: bool, batch: Batch, joint: LogJoint
     ) -> None:
         moving = state.moving
+        if self.adapts and not phase.is_adapting:
+            moving["log_h"] = moving["log_h_mean"]
         numbers = state.members.normal(state.theta.shape[1] + 1, state.theta)
         momentum, coin = numbers[:, :-1], torch.special.log_ndtr(numbers[:, -1])  # log of a uniform number
         value, h = moving["value"], moving["log_h"].exp()
@@ -122,8 +124,6 @@ class _Metropolis(MarkovChains):
         if phase.is_adapting:
             self._adapt(moving, log_ratio.exp()[:, None])
             return
-        if self.adapts:
-            moving["log_h"] = moving["log_h_mean"]
         moving["accepted"] = moving["accepted"] + log_ratio.exp()[:, None] * phase.is_sampling
 
     def _adapt(self, moving: dict[str, Tensor], accepted: Tensor) -> None:

@@ -109,6 +109,18 @@ def test_steps_are_found_in_burn_in_and_then_held(method, wanted):
     assert posterior.info["step_size"] == pytest.approx(float((steps[-1]).mean()) ** power)
 
 
+def test_the_held_step_is_that_of_every_proposal_after_burn_in(monkeypatch):
+    world, used = ConjugateRegression.make(is_orthogonal=False), []
+
+    def noted(*arguments):
+        used.append(arguments[-2].flatten())
+        return leapfrog(*arguments)
+
+    monkeypatch.setattr("bayesae.weights.sgmcmc.hmc.leapfrog", noted)
+    run_inference(HMC(1e-2, 4, epochs=40, n_chains=3, thinning=1), world)
+    assert all(torch.equal(used[20], later) for later in used[21:]) and not torch.equal(used[19], used[20])
+
+
 def test_the_step_of_the_proposal_is_that_of_langevin():
     """One leapfrog step of sqrt(eps) from theta with p is theta - eps / 2 grad U + sqrt(eps) p."""
     world = laws.regression()

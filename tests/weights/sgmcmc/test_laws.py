@@ -143,6 +143,12 @@ class TestThermostat:
         assert abs(float(values.mean()) - 1) > 8 * error
         assert float(friction.mean()) == pytest.approx(self.friction_for(a, step), rel=0.02)
 
+    def test_info_has_the_mean_friction(self):
+        method = SGNHT(1e-4, 0.3, epochs=20, n_chains=3, thinning=1, scale=0.1)
+        posterior, friction, _ = self.run(method, laws.regression())
+        assert float(friction.std()) > 0
+        assert posterior.info["friction"] == pytest.approx(float(friction.mean()), rel=1e-6)
+
     def test_absorbs_the_noise_of_gradients(self):
         """Noise of variance s^2 asks for eta s^2 / 2 more friction; the weights do not feel it."""
         step, a, size, noise = 4e-3, 0.1, 50, 60.0
