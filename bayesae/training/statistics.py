@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from bayesae import random
 from bayesae.codes import CodePosterior, encode
 from bayesae.data import Data, batches, check_counts, count_rows
 from bayesae.errors import UnsupportedError
-from bayesae.families import Particles
+from bayesae.families import Mixture, Particles
 from bayesae.functional import select_draws, stack_draws
 from bayesae.models import Autoencoder
 from bayesae.types import Params, WeightPosterior
@@ -52,7 +53,8 @@ def recompute_statistics(
         seed: Of draws and of the order of rows; None advances the caller's generator.
 
     Returns:
-        Particles whose atoms hold the statistics beside the parameters, for `Predictive` and files.
+        Particles whose atoms hold the statistics beside the parameters, for `Predictive` and files; not noise that the
+        posterior learned, which it warns of.
 
     Exact when: there is one batch of all rows; with several, the statistics are their average, as in training.
     Cost: S passes over the data, memory of S networks.
@@ -81,6 +83,10 @@ def recompute_statistics(
     with random.scope(seed, model.reference.device):
         draws = posterior.sample(n_draws)
         whole = [_with_statistics(network, layers, draws, s, data, batch_size, codes, n_data) for s in range(n_draws)]
+    parts = posterior.components if isinstance(posterior, Mixture) else [posterior]
+    if any(getattr(one, "noise", None) is not None for one in parts):
+        text = "Particles do not hold noise that a posterior learned: predict with model.with_noise(posterior.noise)"
+        warnings.warn(f"{text}, of a mixture with that of a component.", stacklevel=3)
     info = getattr(posterior, "info", {})
     return Particles(stack_draws(whole), info=dict(info))
 

@@ -72,6 +72,16 @@ def test_batches_count_by_their_rows(data):
     )
 
 
+def test_noise_that_was_learned_is_not_lost_in_silence(data):
+    model = normalised_model()
+    subset, mean = bae.Subset.of(model.network), parameters_of(model.network)
+    noise = bae.likelihoods.Gaussian(0.7).double().state_dict()
+    posterior = bae.families.DiagonalNormal(mean, subset.ravel(mean) ** 2, subset, noise=noise)
+    for one in (posterior, bae.families.Mixture([posterior, posterior])):
+        with pytest.warns(UserWarning, match=r"model\.with_noise\(posterior\.noise\)"):
+            bae.recompute_statistics(one, model, data, 2, seed=1)
+
+
 def test_predictions_use_them(data, tmp_path):
     model = normalised_model()
     posterior = swag(model, data)
