@@ -132,7 +132,7 @@ class SWAG:
     def update(self, state: SWAGState, batch: Batch, joint: LogJoint) -> tuple[SWAGState, Info]:
         """One step of the descent; collects where one is due."""
         if state.n_seen == 0:
-            self._check_plan()
+            self._check_plan(len(batch.x), joint)
         values, gradients = state.chosen.gradient(joint, state.theta[None], batch, divides_rows=True)
         value, gradient = float(values[0]), gradients[0]
         if not math.isfinite(value) or not bool(gradient.isfinite().all()):
@@ -207,8 +207,13 @@ class SWAG:
     def _n_burnt(self) -> int:
         return math.floor(self.burn_in * self.epochs / self.collect_every + _ROUNDING)
 
-    def _check_plan(self) -> None:
-        n = math.floor(self.epochs / self.collect_every + _ROUNDING) - self._n_burnt
+    def _check_plan(self, batch_size: int, joint: LogJoint) -> None:
+        """Raise if batches of this size leave too little to collect: before the run, not after it."""
+        n_batches = joint.rows_of_pass / batch_size
+        n_passes, part = divmod(self.burn_in * self.epochs, 1)
+        n_steps = (self.epochs - int(n_passes)) * math.ceil(n_batches) - math.floor(part * n_batches + _ROUNDING)
+        # one step collects once, however much is due
+        n = min(math.floor(self.epochs / self.collect_every + _ROUNDING) - self._n_burnt, n_steps)
         if n < max(self.rank, 2):
             got = f"{n} in {self.epochs} epochs after a burn-in of {self.burn_in}, every {self.collect_every} passes"
             fix = "More epochs, a lower burn_in or collect_every, or a lower rank."

@@ -212,6 +212,9 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(DataError, match="at least 20 collected weights"):
         testing.run_inference(SWAG(epochs=20), world)
     method = SWAG(rank=4)
+    few = SWAG(rank=4, epochs=2, collect_every=0.1)  # ten are due in the second pass, of two steps
+    with pytest.raises(DataError, match="at least 4 collected weights for rank=4; got 2 in 2 epochs"):
+        few.update(few.init(dict(world.mean), world.joint), next(iter(world.batches(2))), world.joint)
     with pytest.raises(NotFittedError, match="at least 4 collected weights for rank=4; got 0"):
         method.posterior(method.init(dict(world.mean), world.joint), world.joint)
     with pytest.raises(NotFittedError, match="got 3"):
