@@ -21,6 +21,7 @@ __all__ = [
     "own_members",
     "own_rows",
     "rank",
+    "same_generator",
     "same_seed",
 ]
 
@@ -95,6 +96,17 @@ def same_seed(seed: int | None) -> int | None:
         return seed
     drawn = torch.randint(2**62, ())
     return int(add_over_ranks([drawn if rank() == 0 else torch.zeros_like(drawn)])[0])
+
+
+def same_generator() -> None:
+    """Set the global generator of the CPU to where it stands on rank 0.
+
+    Ranks with other rows or members draw other numbers of codes for them; what all draw alike, such as the order of
+    rows, must not feel it.
+    """
+    if n_ranks() > 1:
+        state = torch.get_rng_state()
+        torch.set_rng_state(add_over_ranks([state if rank() == 0 else torch.zeros_like(state)])[0])
 
 
 def are_the_same(number: float) -> bool:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from bayesae import objectives, random
 from bayesae.codes import CodePosterior, encode
 from bayesae.data import Data, check_counts, count_rows
-from bayesae.distributed import are_the_same, n_ranks, rank, same_seed
+from bayesae.distributed import are_the_same, n_ranks, rank, same_generator, same_seed
 from bayesae.draws import Draws
 from bayesae.errors import DataError, FileError, UnsupportedError
 from bayesae.functional import check_finite, check_is_evaluable, parameters_of
@@ -222,6 +222,7 @@ def fit_weights(
                     (batch,) = group
                     frozen.likelihood.check(batch.explained)
                     state, info = inference.update(state, batch, joint)
+                    same_generator()
                     bar.set_postfix(nats=f"{info.log_joint / n_data:.2f}", refresh=False)
                     loop.took(group)
                     if file.is_due(loop.n_steps):

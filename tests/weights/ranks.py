@@ -18,6 +18,15 @@ def posterior_of(case, rows):
     return bae.fit_weights(case.quick(), small_model(), rows, batch_size=size, seed=3, progress=False)
 
 
+def drops_with_drawn_codes():
+    torch.manual_seed(0)
+    encoder, decoder = bae.nets.mlp(7, [6], (2, 2)), bae.nets.mlp(2, [6], 7)
+    model = bae.Autoencoder(encoder, decoder, bae.likelihoods.Gaussian(0.3))
+    options = {"codes": bae.codes.amortised, "objective": bae.objectives.elbo, "batch_size": 4}
+    method = bae.weights.Dropout(0.3, epochs=3)
+    return bae.fit_weights(method, model.double().eval(), all_rows(), seed=3, progress=False, **options)
+
+
 def numbers(posterior):
     """What two runs are compared by: the mean and the atoms, or the marginal variances.
 
@@ -41,6 +50,7 @@ if __name__ == "__main__":
         for _ in range(2)
     )
     found["without a seed"], found["from its checkpoint"] = numbers(first), numbers(again)
+    found["drawn codes"] = numbers(drops_with_drawn_codes())
     try:
         bae.fit_weights(bae.weights.MAP(), small_model(seed=rank), all_rows())
     except bae.errors.DataError as error:
