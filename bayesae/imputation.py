@@ -113,9 +113,11 @@ def impute_by_chain(
     codes = encode if predictive.codes is None else predictive.codes
     kept, accepted = [], []
     with random.scope(seed, rows.x.device):
-        params = predictive.weights.sample(n_chains)
-        for chain in range(n_chains):
-            model = predictive.model.at(select_draws(params, slice(chain, chain + 1)))
+        # of a mixture every component has its own noise
+        shares = [(own.model, own.weights.sample(n), n) for own, n in predictive._shares(n_chains)]
+        singles = [(own, select_draws(params, slice(s, s + 1))) for own, params, n in shares for s in range(n)]
+        for own, params in singles:
+            model = own.at(params)
             state, path = _Chain(model, codes, rows, metropolis), []
             for step in range(n_burn_in + n_steps):
                 state.step()

@@ -179,3 +179,22 @@ class TestErrors:
         laplace = bae.fit_weights(bae.weights.Laplace(), made.model("location"), made.x, progress=False)
         with pytest.raises(bae.errors.UnsupportedError, match="a linearised predictive"):
             impute_by_chain(bae.Predictive(made.model("location"), laplace), made.x, mask)
+
+
+def test_components_of_a_mixture_complete_with_their_own_noise():
+    made = world()
+    model = made.model("full")
+    subset, mean = bae.Subset.of(model.network), leaves_of(model)
+    parts = []
+    for scale in (1e-6, 1e3):
+        noise = bae.likelihoods.Gaussian(scale).double().state_dict()
+        zeros = torch.zeros(len(subset), dtype=torch.float64)
+        parts.append(bae.families.DiagonalNormal(mean, zeros, subset, noise=noise))
+    predictive = bae.Predictive(model, bae.families.Mixture(parts), codes=bae.codes.Amortised("full"))
+    mask = torch.zeros(40, 5, dtype=torch.bool)
+    mask[:, OBSERVED] = True
+    found = impute_by_chain(predictive, made.x[:1].expand(40, 5), mask, n_steps=1, n_chains=2, seed=0)
+    spread = found.draws[..., MISSING].std(2).amax((0, 2))
+    assert float(spread[0]) < 20 < 300 < float(spread[1])
+    with pytest.raises(bae.errors.UnsupportedError, match="one noise for all draws"):
+        bae.evaluation.inference_gaps(predictive, made.x[:4], made.x[:4], n_latent_draws=2)

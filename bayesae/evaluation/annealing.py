@@ -13,7 +13,7 @@ from bayesae.codes import CodePosterior, DiagonalLaw, Law, law_of
 from bayesae.codes.laws import without_gradient
 from bayesae.data import Data, check_counts
 from bayesae.draws import Draws
-from bayesae.evaluation.evidence import as_predictive, network_at
+from bayesae.evaluation.evidence import as_predictive, check_one_noise, network_at
 from bayesae.evaluation.ratios import log_ratio
 from bayesae.evaluation.sums import Annealed, LogEvidence, LogWeights, warn_of_low_ess
 from bayesae.models import Autoencoder, Bound
@@ -75,7 +75,8 @@ def annealed_importance(
     Cost: 2 S K T n_leapfrog passes forward and backward through the decoder a row.
 
     Raises:
-        UnsupportedError: If ``start`` has no Normal law, or the predictive is linearised.
+        UnsupportedError: If ``start`` has no Normal law, the predictive is linearised, or components of a mixture have
+            noise of their own.
         DataError: If a count is none, or the rows do not fit the likelihood.
         NonFiniteError: If a weight is not finite.
 
@@ -88,6 +89,7 @@ def annealed_importance(
     check_counts(n_chains=n_chains)
     annealing = Annealing(n_steps, n_leapfrog)
     predictive = as_predictive(model, None, is_stochastic=False)
+    check_one_noise(predictive)
 
     def measure(params: Params, batch: Batch, draw: Callable[[int], Draws]) -> tuple[Tensor, ...]:
         bound = network_at(predictive, params)

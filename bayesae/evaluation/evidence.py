@@ -13,13 +13,13 @@ from bayesae.data import Data, check_counts
 from bayesae.draws import Draws
 from bayesae.errors import UnsupportedError
 from bayesae.evaluation.sums import LogEvidence, LogWeights, warn_of_low_ess
-from bayesae.families import Particles
+from bayesae.families import Mixture, Particles
 from bayesae.functional import parameters_of, stack_draws
 from bayesae.models import Autoencoder, Bound
 from bayesae.predictive import Predictive
 from bayesae.types import Batch, Params
 
-__all__ = ["BLOCK", "as_predictive", "blocks", "log_evidence", "network_at"]
+__all__ = ["BLOCK", "as_predictive", "blocks", "check_one_noise", "log_evidence", "network_at"]
 
 BLOCK = 128  # codes of a row at once; a constant, because noise is keyed on the block and the row
 
@@ -120,6 +120,13 @@ def as_predictive(
         fix = "Give codes=codes.amortised, or codes.Laplace() on any trained model."
         raise UnsupportedError("codes drawn from a distribution", "a deterministic encoder", fix)
     return predictive
+
+
+def check_one_noise(predictive: Predictive) -> None:
+    """Raise `UnsupportedError` if weight draws have noise of their own, for what evaluates densities by itself."""
+    if isinstance(predictive.weights, Mixture) and predictive.weights.has_own_noise:
+        fix = "Evaluate the components one by one: Predictive(model, mixture.components[0]), say."
+        raise UnsupportedError("one noise for all draws of the weights", "a mixture that learned several", fix)
 
 
 def network_at(predictive: Predictive, params: Params) -> Bound:

@@ -14,7 +14,7 @@ from bayesae.data import Data, check_counts
 from bayesae.draws import Draws
 from bayesae.errors import UnsupportedError
 from bayesae.evaluation.annealing import Annealing
-from bayesae.evaluation.evidence import BLOCK, as_predictive, blocks, network_at
+from bayesae.evaluation.evidence import BLOCK, as_predictive, blocks, check_one_noise, network_at
 from bayesae.evaluation.optimise import N_HELD, best_law
 from bayesae.evaluation.ratios import log_ratio
 from bayesae.evaluation.sums import LogWeights, RunningMean, warn_of_low_ess
@@ -140,7 +140,8 @@ def inference_gaps(
     Cost: of a row and weight draw 2 K passes through the decoder, and 800 with gradients a round of Adam, at most 40.
 
     Raises:
-        UnsupportedError: If the code posterior has no Normal law, or the predictive is linearised.
+        UnsupportedError: If the code posterior has no Normal law, the predictive is linearised, or components of a
+            mixture have noise of their own.
         DataError: If a count is none, or the rows do not fit the likelihood.
         NonFiniteError: If a log weight is not finite.
 
@@ -151,6 +152,7 @@ def inference_gaps(
           https://arxiv.org/abs/2209.10888)
     """
     predictive = as_predictive(model, codes)
+    check_one_noise(predictive)
     check_counts(n_latent_draws=n_latent_draws)
     annealing = None if n_annealing_steps == 0 else Annealing(n_annealing_steps, _N_LEAPFROG)
     if seed is None:  # the same weight draws for both sets of rows

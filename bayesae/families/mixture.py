@@ -62,6 +62,11 @@ class Mixture:
         return len(counts) * math.lcm(*counts) if len(counts) == len(self.components) else None
 
     @property
+    def has_own_noise(self) -> bool:
+        """Whether a component has learned noise, so that draws of the weights do not say what a row's density is."""
+        return any(getattr(one, "noise", None) is not None or _has_own_noise(one) for one in self.components)
+
+    @property
     def mean(self) -> Params:
         """Average weights; of components in several modes no network worth running."""
         means = [one.mean for one in self.components]
@@ -95,3 +100,7 @@ class Mixture:
         pairs = zip(self.components, self.counts(n), strict=True)
         parts = [one.sample(count) for one, count in pairs if count]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _has_own_noise(posterior: WeightPosterior) -> bool:
+    return isinstance(posterior, Mixture) and posterior.has_own_noise

@@ -83,8 +83,8 @@ def recompute_statistics(
     with random.scope(seed, model.reference.device):
         draws = posterior.sample(n_draws)
         whole = [_with_statistics(network, layers, draws, s, data, batch_size, codes, n_data) for s in range(n_draws)]
-    parts = posterior.components if isinstance(posterior, Mixture) else [posterior]
-    if any(getattr(one, "noise", None) is not None for one in parts):
+    is_mixed = isinstance(posterior, Mixture) and posterior.has_own_noise
+    if is_mixed or getattr(posterior, "noise", None) is not None:
         text = "Particles do not hold noise that a posterior learned: predict with model.with_noise(posterior.noise)"
         warnings.warn(f"{text}, of a mixture with that of a component.", stacklevel=3)
     info = getattr(posterior, "info", {})
