@@ -16,7 +16,7 @@ from torch import Tensor
 from bayesae.curvature import Linearisation, approximate_diagonal, ggn_diagonal, monte_carlo_diagonal
 from bayesae.curvature.hessian import read_hessian
 from bayesae.distributed import add_over_ranks, n_ranks, own_rows, rank
-from bayesae.errors import DataError, NonFiniteError, NotFittedError, UnsupportedError
+from bayesae.errors import DataError, DivergedError, NotFittedError, UnsupportedError
 from bayesae.families import DiagonalNormal
 from bayesae.functional import at_least_float32
 from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
@@ -109,8 +109,9 @@ class OnlineLaplace:
     It starts at the weights of the given network, trained or not, and leaves a `DiagonalNormal` that is not linearised:
     the weights were trained to be drawn.
 
-    Exact when: outputs are linear in the weights, the Jacobian's columns are orthogonal and the likelihood is Gaussian:
-        the precision at once with "exact", the mean as the learning rate goes to 0.
+    Exact when: outputs are linear in the weights, the Jacobian's columns are orthogonal and the likelihood is Gaussian
+        with noise that is fixed: the precision at once with "exact" and all rows in a batch (with fewer, to the scatter
+        of the batches' averages over the memory), the mean as the learning rate goes to 0.
     Biased when: as any diagonal, it over-states certainty along correlated weights. Weights that the data do not touch
         keep the prior's variance, and inputs that touch them get all of it. Of a stochastic code a probe's square is
         that of a sum over rows: the average is unbiased, its relative error :math:`\sqrt{2 (1 - m) / (1 + m)}`; and
@@ -123,7 +124,8 @@ class OnlineLaplace:
         UnsupportedError: If an option is unknown, the prior is neither an `IsotropicNormal` nor an `IndependentNormal`,
             a layer has no curvature rule, or the code is stochastic and the curvature is not "monte_carlo".
         NotFittedError: If a posterior is asked for before a step.
-        NonFiniteError: If the log-joint or the curvature is no longer finite.
+        DivergedError: If the log-joint is no longer finite; ``posterior`` has the Normal of the step before.
+        NonFiniteError: If the curvature is not.
 
     References:
         | Laplacian Autoencoders for Learning Stochastic Representations (Miani et al., 2022)
@@ -208,9 +210,10 @@ class OnlineLaplace:
         theta.mul_(self._precision(state).rsqrt_()).add_(mean)
         values, gradient = state.chosen.gradient(state.joint, theta, batch, divides_rows=True)
         value = float(values.mean())
-        if not value - value == 0:
-            fix = "Lower learning_rate, or scale the data."
-            raise NonFiniteError("a finite log-joint", f"{value} at step {state.n_steps}", fix)
+        if not math.isfinite(value):
+            is_sound = state.n_steps > 0 and bool((mean.isfinite() & self._precision(state).isfinite()).all())
+            fix, kept = "Lower learning_rate, or scale the data.", self._normal(state, joint) if is_sound else None
+            raise DivergedError("a finite log-joint", f"{value} at step {state.n_steps}", fix, kept)
         if self.accumulation == "leaky_sum":  # as published: the gradient has no prior
             gradient += state.prior * theta / joint.temperature
         # divided by N, so that the learning rate does not depend on the size of the data set
@@ -234,6 +237,9 @@ class OnlineLaplace:
                 f"has {float(state.prior.min()):.3g}); accumulation='average' has neither"
             )
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return self._normal(state, joint)
+
+    def _normal(self, state: OnlineLaplaceState, joint: LogJoint) -> DiagonalNormal:
         mean = state.chosen.params(state.mean.detach().clone())
         noise = None
         if self._learns(joint):

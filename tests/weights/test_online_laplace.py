@@ -489,3 +489,18 @@ def test_the_mechanism_on_digits():
     assert error["running"] < 1.5 * error["leaky"]
     assert auroc["running"] > 0.95
     assert error["fixed"] > 1.2 * error["running"]
+
+
+def test_a_run_that_diverges_keeps_the_normal_of_the_step_before():
+    model = small_model()
+    rows = torch.rand(9, 7, dtype=torch.float64)
+    method = OnlineLaplace(epochs=3)
+    state, joint = steps(method, model, [bae.Batch(rows)] * 2, n_data=9)
+    before = method.posterior(state, joint)
+    with pytest.raises(bae.errors.DivergedError, match="at step 2") as caught:
+        method.update(state, bae.Batch(rows * 1e300), joint)
+    kept = caught.value.posterior
+    assert torch.equal(kept.var, before.var) and all(torch.equal(kept.mean[n], before.mean[n]) for n in kept.mean)
+    with pytest.raises(bae.errors.DivergedError, match="at step 0") as caught:
+        steps(method, model, [bae.Batch(rows * 1e300)], n_data=9)
+    assert caught.value.posterior is None
