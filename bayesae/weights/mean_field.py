@@ -130,8 +130,9 @@ class MeanField:
             `objectives.WarmUp`: it must be 1 at the end, or what is climbed is no bound.
         subset: The uncertain weights: a `Subset`, or name patterns as in `Subset.of`.
 
-    Exact when: the posterior is Normal with a precision that is diagonal, and the run converges. Of a linear-Gaussian
-        joint its variances are 1 / diag(Lambda), not the diagonal of the inverse.
+    Exact when: the posterior is Normal with a precision that is diagonal (a covariance of the family's form, with
+        factors), and the run converges. Without factors, of a linear-Gaussian joint its variances are
+        1 / diag(Lambda), not the diagonal of the inverse.
     Biased when: weights are correlated: variances are too small. Wide networks under a vague prior: units collapse to
         the prior. The Monte-Carlo noise of Adam's steps, as far as ``schedule`` leaves it.
     Cost: S forward and backward passes a step, about twice that with "local" and "flipout" (which loop over S); memory
@@ -139,7 +140,8 @@ class MeanField:
 
     Raises:
         DataError: If a count, a rate, a scale or a factor is out of its range.
-        UnsupportedError: If estimator or schedule is unknown; in a run, if "local" meets a weight that is used twice.
+        UnsupportedError: If estimator or schedule is unknown; in a run, if "local" meets a weight that is used twice, or
+            rows draw a weight in a layer that is then used in another way than by layers.
         ParameterError: If a pattern of ``subset`` chooses nothing.
         DivergedError: If the log-joint or its gradient is no longer finite; it keeps the posterior of the step before.
 
