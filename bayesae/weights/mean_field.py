@@ -140,8 +140,8 @@ class MeanField:
 
     Raises:
         DataError: If a count, a rate, a scale or a factor is out of its range.
-        UnsupportedError: If estimator or schedule is unknown; in a run, if "local" meets a weight that is used twice, or
-            rows draw a weight in a layer that is then used in another way than by layers.
+        UnsupportedError: If estimator or schedule is unknown; in a run, if "local" meets a weight that is used twice,
+            or a weight that rows draw in a layer is then used in another way than by layers.
         ParameterError: If a pattern of ``subset`` chooses nothing.
         DivergedError: If the log-joint or its gradient is no longer finite; it keeps the posterior of the step before.
 

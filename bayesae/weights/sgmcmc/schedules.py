@@ -69,7 +69,8 @@ class Cyclical:
     .. math:: \epsilon(r) = \tfrac{\epsilon_0}{2} (1 + \cos \pi r), \qquad r \in [0, 1) \text{ within a cycle}
 
     No noise is injected for r below ``exploration`` (the sampler is then plain gradient ascent, with or without
-    momentum), and nothing is kept; above it the chain samples.
+    momentum), and nothing is kept; above it the chain samples. Exploration is each cycle's own burn-in: a sampler's
+    ``burn_in`` drops whole cycles beside it, and wants to be 0 where all of them are to count.
 
     Args:
         n_cycles: M, over the whole run.
