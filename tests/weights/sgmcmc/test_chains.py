@@ -45,9 +45,10 @@ def plain_chain(method, world, batches, chain):
                 g2 = torch.maximum(new, new.mean()) if g2 is None else own.memory * g2 + (1 - own.memory) * new
                 scales = 1 / (own.damping + g2.sqrt())
             else:
+                share = 1 / (tau + 1)
                 tau = tau - tau * mean**2 / (square + 1e-6) + 1
-                mean = mean + (grad - mean) / tau
-                square = square + (grad**2 - square) / tau
+                mean = mean + (grad - mean) * share
+                square = square + (grad**2 - square) * share
                 scales = (square + own.damping) ** -0.5
         if t / n >= method.burn_in and samples:
             kept.append(theta)
