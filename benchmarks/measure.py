@@ -187,13 +187,13 @@ def memory(question: Question, device: str, who: Contender, setting: int, images
         before = torch.cuda.memory_allocated() / 2**20
     else:
         _forget_peak()
-        before = _resident()
+        before = resident()
     _quietly(lambda: who.prepare(problem, setting)(x))
-    after = torch.cuda.max_memory_allocated() / 2**20 if is_cuda else _resident()
+    after = torch.cuda.max_memory_allocated() / 2**20 if is_cuda else resident()
     return {"peak_mb": after - before}
 
 
-def _resident() -> float:
+def resident() -> float:
     """Largest resident set in megabytes, since `_forget_peak` where the system can forget."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,10 +25,11 @@ from torch import Tensor
 
 import bayesae as bae
 from bayesae.functional import parameters_of
+from benchmarks.measure import resident
 from benchmarks.records import environment
 
 TARGET = 2.0
-DRAWS = (10, 100, 400)
+DRAWS = (10, 100, 400)  # of two batches of rows
 
 
 def predictive_of(n_rows: int) -> tuple[bae.Predictive, Tensor]:
@@ -119,14 +119,14 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     if given.peak_of:
         contenders(given.rows, given.batch, given.peak_of)["moments"]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(resident())
         return
     records = measure(given.rows, given.batch, given.draws, given.rounds)
     for record in records:
         low, high = record["over_forward_low"], record["over_forward_high"]
         ratio = f"{record['over_forward']:.2f} ({low:.2f} to {high:.2f})"
         print(f"{record['method']:16} {record['seconds']:.2f} s {ratio} x forward passes")
-    records += memory(given.rows, given.batch, given.threads)
+    records += memory(min(given.rows, 2 * given.batch), given.batch, given.threads)
     for record in records[3:]:
         print(f"{record['method']:16} {record['peak_mb_above_10_draws']:+.1f} MB")
     if given.json:

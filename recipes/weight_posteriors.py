@@ -12,7 +12,13 @@ and rates ("step") are those of the listed candidates that give the validation r
 density; test images choose nothing. Noise is that of the validation rows under the plain network, but for
 `OnlineLaplace`, which learns its own.
 
-Runtime: digits about eight minutes of one core a seed, images 20; ``--fast`` half a minute.
+Expected on the digits (checked at the end, means of seeds 0 to 2): log densities of 34.2 for the network, 35.3 to 35.7
+for the Laplace posteriors at a fiftieth of a training, 38.4 to 38.8 for SWAG, SGHMC, SGNHT and an ensemble at about one
+training (four chains are one mapped pass), 40.0 for SWAG over an ensemble at four. The score tells left-out digits from
+familiar ones by an AUROC of 0.93 to 0.96 whatever the posterior; only on blends does one help by more than 0.03 (SWAG and
+momentum chains: 0.83 to 0.85, the network 0.80), and ensembles and dropout lose. The best step of SWAG and of the
+scale-adapted chains is the largest candidate.
+Runtime: digits four minutes of one core a seed and seven more to choose steps, images 20; ``--fast`` half a minute.
 """
 
 from __future__ import annotations
@@ -117,6 +123,13 @@ METHODS = {
         lambda c, s: weights.MixtureOf(ensemble(c, s), weights.SWAG(min(20, c.epochs // 2), c.epochs, s)), (1e-5, 1e-4)
     ),
 }
+
+
+# mean log density over seeds 0 to 2, nats an image
+EXPECTED = {
+    "MAP": 34.2, "Laplace, diagonal": 35.7, "online Laplace": 37.1, "SWAG": 38.5, "mean field, local": 37.1, "SGHMC": 38.6,
+    "ensemble": 38.5, "SWAG over an ensemble": 40.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -260,16 +273,14 @@ def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
         colours = plt.get_cmap("tab20")
         for place, method in enumerate(methods):
             where = {"data": name, "method": method}
-            cost = max(records.mean(metric="cost", **where), 1e-4)  # MAP costs nothing
+            cost = records.mean(metric="cost", **where)
             density = records.mean(metric="log density", **where)
             style = {"color": colours(place % 20), "marker": "o" if place < 20 else "s", "linestyle": ""}
             left.plot(cost, density, label=method, **style)
             for kind, marker in zip(kinds, "osD", strict=False):
                 right.plot(records.mean(metric=kind, **where), place, marker=marker, color=colours(place % 20))
         left.set_xscale("log")
-        left.set(
-            xlabel="cost (network trainings; MAP drawn at 0.0001)", ylabel="log density (nats an image)", title=name
-        )
+        left.set(xlabel="cost (network trainings)", ylabel="log density (nats an image)", title=name)
         left.legend(fontsize=8, ncols=2)
         right.set_yticks(range(len(methods)), methods)
         right.invert_yaxis()
@@ -292,6 +303,9 @@ def main() -> None:
         of_data = report.Records([row for row in records.rows if row.data == config.data])
         print(report.table(of_data), end="\n\n")
     found = report.Records.load(flags.json) if flags.json else records
+    if not flags.fast and flags.methods is None:
+        for name, value in EXPECTED.items():
+            records.expect(value, 1.0, data="digits", method=name, metric="log density")
     draw(found, list(dict.fromkeys(row.data for row in found.rows)), flags.figures / "weight_posteriors.png")
 
 
