@@ -99,3 +99,11 @@ def test_laplacian_autoencoder(tmp_path):
         metric="median weight sd", method="online: leaky sum, noise 1", setting="all pixels"
     )
     assert records.mean(metric="AUROC permuted: code sd", **online) > 0.8
+
+
+@pytest.mark.slow
+def test_weight_posteriors(tmp_path):
+    records = run("weight_posteriors.py", tmp_path)
+    methods = {row.method for row in records.rows}
+    assert {"SWAG", "SGHMC", "online Laplace", "mean field, Flipout", "dropout", "SWAG over an ensemble"} <= methods
+    assert all(records.mean(method=method, metric="cost") > 0 for method in methods)
