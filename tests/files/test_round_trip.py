@@ -242,6 +242,11 @@ def test_a_float64_file_as_float32(name, tmp_path):
                 assert getattr(part, field).dtype is torch.float64
     one, other = before.moments(rows(), seed=1), after.moments(rows().float(), seed=1)
     assert other.mean.dtype is torch.float32
+    if name in {"SWAG-diagonal", "mixture of unlike families"}:  # torch draws other numbers in float32
+        assert_close({k: v.double() for k, v in weights.mean.items()}, dict(before.weights.mean), rtol=1e-5, atol=1e-6)
+        wide = {k: v.double() for k, v in weights.variances().items()}
+        assert_close(wide, dict(before.weights.variances()), rtol=1e-4, atol=1e-8)
+        return
     assert_close(other.mean.double(), one.mean, rtol=1e-5, atol=1e-5)
     assert_close(other.weights.double(), one.weights, rtol=1e-4, atol=1e-6)
 

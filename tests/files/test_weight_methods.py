@@ -35,6 +35,7 @@ class TestEveryMethod:
         skeleton, tensors = encoding.flatten(method)
         assert encoding.unflatten(json.loads(json.dumps(skeleton)), tensors) == method
 
+    @pytest.mark.slow
     def test_estimators_take_it(self, case, tmp_path):
         table = np.random.RandomState(0).randn(24, 4)
         # noise that is given: what perturbs data asks for a Gaussian, and short chains for no narrow column

@@ -83,6 +83,7 @@ class TestEveryMethod:
         for score in scores:
             assert score.shape == (9,) and bool(score.isfinite().all())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("part", ["encoder", "decoder"])
     def test_on_one_of_the_networks(self, case, code, part):
         served = predictive(case.name, code, (part,))
@@ -93,6 +94,7 @@ class TestEveryMethod:
         assert bool(served.moments(all_rows(), seed=0).total.isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WEIGHT_CASES, ids=str)
 def test_fills_in_what_is_missing(case):
     x = all_rows()

@@ -83,6 +83,7 @@ class TestConjugate:
         error = (flat(posterior.mean) - flat(world.mean)) / expected_variance(world).sqrt()
         assert float(error.abs().max()) < 0.2
 
+    @pytest.mark.slow
     def test_draws_are_those_of_the_posterior(self):
         """A run's own draws, by their full covariance, within four standard errors."""
         world, draws = ConjugateRegression.make(), []
@@ -316,6 +317,7 @@ class TestUse:
         others = torch.cat([variance[:, :2], variance[:, 3:]], 1)
         assert float(others.max()) < 1 / 3 - 1e-4
 
+    @pytest.mark.slow
     def test_trains_a_network_from_nothing(self):
         data = bae.datasets.load("digits", split=("train",))[0][:600].flatten(1)
         torch.manual_seed(0)
@@ -377,6 +379,7 @@ def stochastic_model(likelihood=None):
 class TestStochasticCode:
     options = {"codes": bae.codes.amortised, "objective": bae.objectives.elbo}
 
+    @pytest.mark.slow
     def test_curvature_is_that_through_the_draws(self, rows):
         """Against Jacobians of outputs and codes with the codes' noise held, averaged over that noise."""
         model = stochastic_model()
