@@ -146,7 +146,7 @@ def fit_weights(
         A weight posterior of the method's family.
 
     Exact when: a resumed run is the uninterrupted one bit for bit on a CPU; as for `fit_model`. Several ranks give what
-        one gives, to rounding, of a deterministic code.
+        one gives, to rounding, of a deterministic code; of a drawn one in law, with the same noise on all ranks' rows.
     Cost: that of the method; a checkpoint is its state.
 
     Raises:
