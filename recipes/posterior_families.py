@@ -19,7 +19,7 @@ in every seed. PIWAE stays within 0.6 nats of IWAE by the common evaluator but n
 draws (-0.8 to -0.1). Laplace after the fact raises the bound of the validated VAE by 3.7 to 4.0 nats, which is 87 % of
 its gap and less than the 4 that were claimed for a VAE trained to the end (there 5.1 to 6.2). An autoregressive flow
 and a full covariance lose to the plain VAE at this number of rows.
-Runtime: digits about 25 minutes of one core a seed, an image set of all methods about as long; ``--fast`` a minute.
+Runtime: digits about 25 minutes of one core a seed, an image set as long for six methods; ``--fast`` a minute.
 """
 
 from __future__ import annotations
