@@ -125,6 +125,7 @@ def check_moments(samples, mean, covariance):
         assert bool(((values.mean(0) - expected).abs() <= 4 * error + 1e-12).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "linear over positions", "conv1d", "conv2d", "conv3d", "transposed conv2d"])
 @pytest.mark.parametrize("how", ["flipout", "local", "weights"])
 def test_outputs_of_a_row_have_the_law_of_drawn_weights(name, how):
@@ -140,6 +141,7 @@ def test_outputs_of_a_row_have_the_law_of_drawn_weights(name, how):
     check_moments(torch.stack(samples), mean, covariance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "conv2d"])
 @pytest.mark.parametrize("how", ["flipout", "local"])
 def test_rows_are_uncorrelated_where_shared_weights_correlate_them(name, how):
@@ -154,6 +156,7 @@ def test_rows_are_uncorrelated_where_shared_weights_correlate_them(name, how):
     assert float((covariance.diagonal() / (across.std(0) / 1500**0.5).diagonal()).min()) > 8  # shared ones would show
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["flipout", "local"])
 def test_gradients_are_unbiased_and_less_noisy(how):
     """Of E sum_n (w x_n + b - y_n)^2, which is known."""

@@ -339,6 +339,7 @@ class TestParts:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 class TestOnAutoencoders:
+    @pytest.mark.slow
     @pytest.mark.parametrize("n_latent_draws", [1, 3])
     def test_full_variational_bayes_of_a_variational_autoencoder(self, estimator, n_latent_draws):
         torch.manual_seed(0)

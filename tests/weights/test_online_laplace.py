@@ -75,6 +75,7 @@ class TestConjugate:
         posterior = testing.run_inference(OnlineLaplace(epochs=1), dataclasses.replace(world, joint=joint))
         assert_close(posterior.var, 0.25 * expected_variance(world), rtol=1e-10, atol=0)
 
+    @pytest.mark.slow
     def test_mean_converges_to_the_posteriors(self):
         """From five away to within a fifth of a standard deviation, as the rate goes to 0: Adam's last average."""
         world = ConjugateRegression.make()

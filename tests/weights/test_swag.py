@@ -60,6 +60,7 @@ def test_given_iterates_leave_their_sample_moments(rank):
     assert posterior.info["n_collected"] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 5])
 def test_draws_have_the_covariance_that_it_says(rank):
     """The full matrix, within four standard errors."""
@@ -163,6 +164,7 @@ def lyapunov(world, n_batches, rate, momentum):
     return mean[:4], covariance[:4, :4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("momentum", "rate"), [(0.0, 0.02), (0.7, 0.008)])
 def test_on_a_quadratic_the_moments_are_those_of_the_lyapunov_equation(momentum, rate):
     world = ConjugateRegression.make(n_out=1, is_orthogonal=False)

@@ -77,6 +77,7 @@ class TestLeapfrog:
         assert float((matrix - phase).abs().max()) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("kind", [HMC, MALA])
 def test_moments_are_exact_at_a_long_step(kind, temperature):

@@ -66,6 +66,7 @@ class TestLaws:
         assert_close(law[:4, 4:], 0.5e-8 * torch.eye(4).double(), rtol=1e-3, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 @pytest.mark.parametrize("step", [2e-3, 1e-2])
 def test_langevin(step, temperature):
@@ -79,6 +80,7 @@ def test_langevin(step, temperature):
     assert min(laws.off(posterior, world, expected * wrong) for wrong in (0.5, 2.0)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_hamiltonian(temperature):
     world = laws.regression(temperature)
@@ -217,6 +219,7 @@ class TestPreconditioners:
         assert float(moving["window"].median()) > 20
         assert_close(moving["scales"].mean(), torch.tensor(1e-4), rtol=0.1, atol=0)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["SGLD", "SGHMC", "SGHMC, noise taken out"])
     def test_law_under_frozen_scales(self, kind):
         world, n = laws.regression(), 64

@@ -61,6 +61,7 @@ class TestModes:
         n_modes, near = visited(SGLD(0.25, schedule=CYCLES, **COMMON))
         assert n_modes >= 23 and near > 0.9
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("step", [0.01, 0.05])
     def test_one_length_of_steps_does_not(self, step):
         n_modes, near = visited(SGLD(step, **COMMON))
