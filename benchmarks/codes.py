@@ -11,7 +11,6 @@ the noise.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch import nn
 
 import bayesae as bae
 from bayesae import codes, objectives
-from benchmarks.records import environment
+from benchmarks.records import write
 
 N_LATENTS = 8
 TARGETS = {"Variational Laplace, 4 steps": 10.0}
@@ -131,9 +130,7 @@ def main() -> None:
             f"{record['method']:32} {record['seconds']:.3f} s {record['over_vae']:5.2f} x VAE ({low:.2f} to {high:.2f})"
         )
     if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(given.threads), "records": records}
-        given.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(given.json, given.threads, records)
 
 
 if __name__ == "__main__":

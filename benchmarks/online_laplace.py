@@ -11,7 +11,6 @@ over rounds of a method's step over Adam's of the same round.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import torch
 
 import bayesae as bae
 from bayesae.functional import parameters_of
-from benchmarks.records import environment
+from benchmarks.records import write
 
 METHODS = {
     "Monte Carlo": bae.weights.OnlineLaplace(),
@@ -110,9 +109,7 @@ def main() -> None:
             f"{record['method']:12} {milliseconds:6.2f} ms {record['over_adam']:5.2f} x Adam ({low:.2f} to {high:.2f})"
         )
     if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(given.threads), "records": records}
-        given.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(given.json, given.threads, records)
 
 
 if __name__ == "__main__":

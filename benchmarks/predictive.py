@@ -11,7 +11,6 @@ Rounds in turn, medians of ratios; memory is the highest of a process of its own
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor
 import bayesae as bae
 from bayesae.functional import parameters_of
 from benchmarks.measure import resident
-from benchmarks.records import environment
+from benchmarks.records import write
 
 TARGET = 2.0
 DRAWS = (10, 100, 400)  # of two batches of rows
@@ -130,9 +129,7 @@ def main() -> None:
     for record in records[3:]:
         print(f"{record['method']:16} {record['peak_mb_above_10_draws']:+.1f} MB")
     if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(given.threads), "records": records}
-        given.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(given.json, given.threads, records)
 
 
 if __name__ == "__main__":

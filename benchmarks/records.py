@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -16,12 +17,18 @@ import torch
 from benchmarks.measure import quartiles
 from benchmarks.questions import Question
 
-__all__ = ["environment", "growth", "line", "question_records", "table"]
+__all__ = ["environment", "growth", "line", "question_records", "table", "write"]
 
 _PACKAGES = (
     "bayesae", "torch", "laplace-torch", "backpack-for-pytorch", "curvlinops-for-pytorch", "asdfghjkl", "stochman",
 )  # fmt: skip
 Record = dict[str, Any]
+
+
+def write(path: Path, threads: int, records: list[dict[str, Any]]) -> None:
+    """Records and what they were measured on, as the README's tables read them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(threads), "records": records}, indent=1) + "\n")
 
 
 def environment(threads: int) -> Record:

@@ -10,7 +10,6 @@ the eight chains together. They are also compared with as many epochs of `fit_mo
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from torch import nn
 
 import bayesae as bae
 from bayesae.weights import HMC, SGHMC, SGLD, SGNHT, RMSProp, ScaleAdaptation
-from benchmarks.records import environment
+from benchmarks.records import write
 
 N_CHAINS, N_ROWS, BATCH_SIZE = 8, 800, 100
 SAMPLERS: dict[str, tuple[Callable[..., Any], int]] = {
@@ -109,9 +108,7 @@ def main() -> None:
             f"{record['ratio']:.2f} x ({low:.2f} to {high:.2f}); {record['over_training']:.2f} x fit_model"
         )
     if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        content = {"environment": environment(given.threads), "records": records}
-        given.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(given.json, given.threads, records)
 
 
 if __name__ == "__main__":
