@@ -33,6 +33,7 @@ class Flags:
         full: All rows of the data in place of the recipe's subset.
         seeds: One run each.
         methods: Only these (and the baseline they are compared with), or None for all.
+        data: Data sets to run, in the recipe's order; empty for a recipe that has but one.
         json: Where records go, or None.
         figures: Folder of the figures.
     """
@@ -41,12 +42,18 @@ class Flags:
     full: bool
     seeds: tuple[int, ...]
     methods: tuple[str, ...] | None
+    data: tuple[str, ...]
     json: Path | None
     figures: Path
 
 
 def flags(
-    doc: str | None, *, seeds: Sequence[int] = (0,), has_full: bool = False, argv: Sequence[str] | None = None
+    doc: str | None,
+    *,
+    seeds: Sequence[int] = (0,),
+    has_full: bool = False,
+    data: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
 ) -> Flags:
     """Read the flags that all recipes understand.
 
@@ -54,6 +61,8 @@ def flags(
         doc: The recipe's docstring, shown by ``--help``.
         seeds: Default seeds.
         has_full: Whether there is more data than the recipe takes by default, and so a ``--full``.
+        data: Names of the data sets, of which ``--data`` takes some. By default a run has the first, with ``--full``
+            (or where there is none) all.
         argv: Arguments; the command line's if None.
 
     Returns:
@@ -65,14 +74,19 @@ def flags(
         parser.add_argument("--full", action="store_true", help="all rows of the data, not the recipe's subset")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="one run each")
     parser.add_argument("--methods", nargs="+", help="only these; records of others already in the file are kept")
+    if data:
+        parser.add_argument("--data", nargs="+", choices=data, help="run these data sets; other records are kept")
     parser.add_argument("--json", type=Path, help="write the records to this file")
     parser.add_argument("--figures", type=Path, default=Path("figures"), help="folder of the figures")
     given = parser.parse_args(argv)
+    is_full = has_full and given.full
+    wanted = (data and given.data) or (data if is_full or not has_full else data[:1])
     return Flags(
         given.fast,
-        has_full and given.full,
+        is_full,
         tuple(given.seeds),
         given.methods and tuple(given.methods),
+        tuple(name for name in data if name in wanted),
         given.json,
         given.figures,
     )

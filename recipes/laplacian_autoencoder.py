@@ -324,8 +324,9 @@ def judge(records: report.Records) -> None:
 
 def main() -> None:
     """Run the data sets, print the tables, write records and the figure, check the numbers."""
-    flags = report.flags(__doc__, seeds=(0, 1, 2), has_full=True)
-    configs = [FAST] if flags.fast else [DIGITS, *([MNIST] if flags.full else [])]
+    known = {config.data: config for config in (DIGITS, MNIST)}
+    flags = report.flags(__doc__, seeds=(0, 1, 2), has_full=True, data=tuple(known))
+    configs = [FAST] if flags.fast else [known[name] for name in flags.data]
     records = report.Records()
     for config in configs:
         fitted = [run(config, seed, records, flags) for seed in flags.seeds][-1]
@@ -336,10 +337,10 @@ def main() -> None:
                     records.add(metric=f"AUROC KMNIST: {score}", value=value, **where)
         if flags.json:
             records.save(flags.json, keeps_others=True)
-        if config is configs[0] and flags.methods is None:
+        if config is not MNIST and flags.methods is None:
             draw(config, flags.seeds[-1], fitted, flags.figures / "laplacian_autoencoder.png")
         show(records, config)
-    if not flags.fast and flags.methods is None:
+    if DIGITS in configs and flags.methods is None:
         judge(records)
 
 

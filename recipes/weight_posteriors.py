@@ -97,15 +97,16 @@ def ensemble(config: Config, step: float, **options: Any) -> weights.Ensemble:  
     return weights.Ensemble(config.n_members, config.epochs, config.learning_rate, **options)
 
 
-SMALL, SCALED = (1e-7, 1e-6, 1e-5), (1e-6, 1e-5, 1e-4, 1e-3)
+SMALL, SCALED = (1e-7, 1e-6, 1e-5), (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 METHODS = {
     "MAP": Method(lambda c, s: weights.MAP()),
     "Laplace, diagonal": Method(lambda c, s: weights.Laplace()),
     "Laplace, Kronecker": Method(lambda c, s: weights.Laplace("kronecker")),
     "Laplace, low rank": Method(lambda c, s: weights.Laplace("low_rank")),
-    "online Laplace": Method(lambda c, s: weights.OnlineLaplace(c.epochs, s), (1e-5, 1e-4, 1e-3)),
-    "SWAG, diagonal": Method(lambda c, s: weights.SWAG(0, c.epochs, s), (1e-5, 1e-4, 1e-3)),
-    "SWAG": Method(lambda c, s: weights.SWAG(min(20, c.epochs // 2), c.epochs, s), (1e-5, 1e-4, 1e-3)),
+    "online Laplace": Method(lambda c, s: weights.OnlineLaplace(c.epochs, s), RATES),
+    "SWAG, diagonal": Method(lambda c, s: weights.SWAG(0, c.epochs, s), RATES),
+    "SWAG": Method(lambda c, s: weights.SWAG(min(20, c.epochs // 2), c.epochs, s), RATES),
     "mean field, shared weights": Method(lambda c, s: weights.MeanField(c.epochs, s), (1e-4, 1e-3, 5e-3)),
     "mean field, local": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="local"), (1e-4, 1e-3, 5e-3)),
     "mean field, Flipout": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="flipout"), (1e-4, 1e-3, 5e-3)),
@@ -122,7 +123,7 @@ METHODS = {
     "dropout": Method(lambda c, s: weights.Dropout(s, epochs=c.epochs), (0.01, 0.05, 0.2)),
     "Laplace over an ensemble": Method(lambda c, s: weights.MixtureOf(ensemble(c, s), weights.Laplace())),
     "SWAG over an ensemble": Method(
-        lambda c, s: weights.MixtureOf(ensemble(c, s), weights.SWAG(min(20, c.epochs // 2), c.epochs, s)), (1e-5, 1e-4)
+        lambda c, s: weights.MixtureOf(ensemble(c, s), weights.SWAG(min(20, c.epochs // 2), c.epochs, s)), RATES
     ),
 }
 
@@ -273,15 +274,16 @@ def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
 
 def main() -> None:
     """Run the data sets, print the tables, write records and the figure."""
-    flags = report.flags(__doc__, seeds=(0, 1, 2), has_full=True)
-    configs = [FAST] if flags.fast else [DIGITS, *([IMAGES] if flags.full else [])]
+    known = {config.data: config for config in (DIGITS, IMAGES)}
+    flags = report.flags(__doc__, seeds=(0, 1, 2), has_full=True, data=tuple(known))
+    configs = [FAST] if flags.fast else [known[name] for name in flags.data]
     records = report.Records()
     for config in configs:
         run(config, flags, records)
         of_data = report.Records([row for row in records.rows if row.data == config.data])
         print(report.table(of_data), end="\n\n")
     found = report.Records.load(flags.json) if flags.json else records
-    if not flags.fast and flags.methods is None:
+    if DIGITS in configs and flags.methods is None:
         for name, value in EXPECTED.items():
             records.expect(value, 1.0, data="digits", method=name, metric="log density")
     draw(found, list(dict.fromkeys(row.data for row in found.rows)), flags.figures / "weight_posteriors.png")

@@ -88,6 +88,18 @@ def test_flags():
     assert report.flags("doc", argv=["--seeds", "4", "5"]).seeds == (4, 5)
     assert got.methods is None
     assert report.flags("doc", argv=["--methods", "a b", "c"]).methods == ("a b", "c")
+    assert report.flags("doc", argv=[]).data == ()
+
+
+def test_flags_of_several_data_sets():
+    def data(*argv: str, has_full: bool = True) -> tuple[str, ...]:
+        return report.flags("doc", has_full=has_full, data=("a", "b", "c"), argv=argv).data
+
+    assert data() == ("a",)
+    assert data("--full") == data(has_full=False) == ("a", "b", "c")
+    assert data("--data", "c", "b") == ("b", "c")
+    with pytest.raises(SystemExit):
+        data("--data", "d")
 
 
 def test_a_claim_that_does_not_reproduce_is_an_error(records, capsys):
