@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.types import Likelihood
@@ -212,9 +212,30 @@ def concatenate_weight_draws(pieces: Sequence[Draws]) -> Draws:
         pieces: Records of the same number of code draws.
 
     Returns:
-        One record.
+        One record. It knows one likelihood, the first's: where outputs are there to be scored again, all pieces have
+        to have the same one.
+
+    Raises:
+        UnsupportedError: If pieces with outputs have likelihoods that differ, in their noise say.
     """
+    first = pieces[0]
+    n_others = sum(not _is_same(first.likelihood, piece.likelihood) for piece in pieces)
+    if first.outputs is not None and n_others:
+        got = f"others than the first in {n_others} of {len(pieces)} pieces, as of a mixture that learned several"
+        fix = "Leave keep_outputs out, or predict from the components one by one."
+        raise UnsupportedError("one likelihood of all outputs", got, fix)
     return _joined(pieces, {name: axis - 1 for name, axis in _ROW_AXES[Draws].items()})
+
+
+def _is_same(one: Likelihood, other: Likelihood) -> bool:
+    """Whether two likelihoods are one object, or of one kind with the same numbers."""
+    if one is other:
+        return True
+    if type(one) is not type(other) or not isinstance(one, nn.Module) or not isinstance(other, nn.Module):
+        return False
+    mine, others = one.state_dict(), other.state_dict()
+    is_alike = repr(one) == repr(other) and mine.keys() == others.keys()
+    return is_alike and all(torch.equal(value, others[name]) for name, value in mine.items())
 
 
 def _joined(pieces: Sequence[Record], axes: dict[str, int]) -> Record:

@@ -100,7 +100,8 @@ class Predictive:
             chunk_size: Network rows (K times S times data rows) in one call, 4096 if None; changes memory, and
                 numbers by rounding only (of a stochastic code, if its noise is keyed on ``Batch.index``, as
                 `bayesae.random.row_normal` does).
-            keep_outputs: Keep natural parameters (K, S, N, \*O) too.
+            keep_outputs: Keep natural parameters (K, S, N, \*O) too; not of a mixture whose components learned noise of
+                their own, which the one likelihood of the result could not score.
 
         Returns:
             `Draws` over all rows.
@@ -112,7 +113,8 @@ class Predictive:
             ShapeError: If rows or mask do not fit.
             DataError: If there are no rows, they lie outside the likelihood's range, or a loader shuffles them.
             NonFiniteError: If an observed entry or a log-density is not finite.
-            UnsupportedError: If the network or the code does not allow what is asked.
+            UnsupportedError: If the network or the code does not allow what is asked, or outputs are kept of components
+                with different noise.
         """
         size = check_chunk(chunk_size)
         rows = self._rows(x, mask, seed)

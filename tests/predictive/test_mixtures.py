@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import bayesae as bae
+from bayesae.draws import concatenate_weight_draws
 from bayesae.errors import ParameterError, UnsupportedError
 from bayesae.families import DiagonalNormal, Mixture, Particles
 from bayesae.functional import parameters_of
@@ -115,17 +116,26 @@ def test_draws_come_evenly_by_default(model):
         assert_close(getattr(moments, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
 
 
-def test_every_component_has_the_noise_that_it_learned():
-    model = small_model(bae.likelihoods.Gaussian())
+def with_noise(model, *scales):
+    """Components that learned noise of these scales."""
     parts = []
-    for seed, scale in enumerate((0.1, 0.4)):
+    for seed, scale in enumerate(scales):
         noise = bae.likelihoods.Gaussian()
         noise.set_noise_var(scale**2)
         parts.append(replace(normal(model, seed), noise=noise.state_dict()))
+    return parts
+
+
+def test_every_component_has_the_noise_that_it_learned():
+    model = small_model(bae.likelihoods.Gaussian())
+    parts = with_noise(model, 0.1, 0.4)
     predictive = bae.Predictive(model, Mixture(parts))
     for moments in (predictive.moments(ROWS), predictive.moments(ROWS, n_weight_draws=4, seed=0)):
         assert_close(moments.noise, torch.full_like(ROWS, (0.01 + 0.16) / 2), rtol=1e-12, atol=0)
         assert bool(moments.log_prob(ROWS).isfinite().all())
+    # the one likelihood of the moments reads mean and variance alone, so that it does not matter whose it is
+    turned = bae.Predictive(model, Mixture(parts[::-1])).moments(ROWS)
+    assert_close(turned.log_prob(ROWS), predictive.moments(ROWS).log_prob(ROWS), rtol=1e-12, atol=0)
     assert not model.likelihood.is_estimated
     draws = predictive(ROWS, n_weight_draws=4, seed=0)
     with bae.random.scope(0):
@@ -134,6 +144,31 @@ def test_every_component_has_the_noise_that_it_learned():
             assert_close(
                 draws.log_likelihood[:, 2 * place : 2 * place + 2], expected.log_likelihood, rtol=1e-12, atol=0
             )
+
+
+def test_outputs_of_several_noises_are_not_kept_under_one():
+    """The draws' likelihood scores all of their outputs again, to what each component said of them."""
+    model = small_model(bae.likelihoods.Gaussian())
+    several = bae.Predictive(model, Mixture(with_noise(model, 0.1, 0.4, 0.4)))
+    with pytest.raises(UnsupportedError, match="one likelihood.*in 2 of 3 pieces.*Leave keep_outputs out"):
+        several(ROWS, n_weight_draws=6, seed=0, keep_outputs=True)
+    assert several(ROWS, n_weight_draws=6, seed=0).outputs is None
+    one = bae.Predictive(model, several.weights.components[1])
+    for predictive, n in ((bae.Predictive(model, Mixture(with_noise(model, 0.4, 0.4))), 6), (several, 1), (one, 6)):
+        draws = predictive(ROWS, n_weight_draws=n, seed=0, keep_outputs=True)
+        assert_close(draws.likelihood.log_prob(draws.outputs, ROWS), draws.log_likelihood, rtol=1e-12, atol=0)
+        found = bae.ood.contribution_draws(draws, ROWS)
+        assert_close(found.mean.sum(1), -draws.log_likelihood.mean((0, 1)), rtol=1e-12, atol=0)
+
+
+def test_draws_of_other_kinds_of_likelihood_are_not_joined(model):
+    draws = bae.Predictive(model, normal(model, 0))(ROWS, n_weight_draws=2, seed=0, keep_outputs=True)
+    for other in (bae.likelihoods.Bernoulli(), bae.likelihoods.Gaussian(0.4), object()):
+        unlike = replace(draws, likelihood=other)
+        with pytest.raises(UnsupportedError, match="in 1 of 2 pieces"):
+            concatenate_weight_draws([draws, unlike])
+        joined = concatenate_weight_draws([draws.without_outputs(), unlike.without_outputs()])
+        assert joined.log_likelihood.shape == (1, 4, 9)
 
 
 def test_a_mixture_of_mixtures_and_of_unlike_families(model):
