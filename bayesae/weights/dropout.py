@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from bayesae.joint import LogJoint
 from bayesae.subset import Subset
 from bayesae.types import Batch, Params
 from bayesae.weights.base import Info, info_of
-from bayesae.weights.flat import Chosen
+from bayesae.weights.flat import Chosen, resume
 
 __all__ = ["Dropout", "DropoutState"]
 
@@ -131,8 +130,7 @@ class Dropout:
         """The means on the network's device, and Adam where it stood."""
         chosen = Chosen.of(params, joint, self.subset)
         state = self._state(chosen, packed["theta"].detach().to(chosen.start, copy=True), joint)
-        # a copy: Adam writes into the moments that it is given
-        state.optimiser.load_state_dict(copy.deepcopy(packed["optimiser"]))
+        resume(state.optimiser, packed["optimiser"])
         return state
 
     def _state(self, chosen: Chosen, theta: Tensor, joint: LogJoint) -> DropoutState:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,14 +12,14 @@ from torch import Tensor
 
 from bayesae import random
 from bayesae.distributed import add_over_ranks, gather_members
-from bayesae.errors import DataError, NonFiniteError, UnsupportedError
+from bayesae.errors import DataError, DivergedError, UnsupportedError
 from bayesae.families import Particles
-from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
+from bayesae.joint import LogJoint
 from bayesae.likelihoods import Gaussian
 from bayesae.subset import Subset
 from bayesae.types import Batch, Params
 from bayesae.weights.base import Info, info_of
-from bayesae.weights.flat import Chosen, Members
+from bayesae.weights.flat import Chosen, Members, resume
 
 __all__ = ["Ensemble", "EnsembleState", "Starts"]
 
@@ -84,7 +83,8 @@ class Ensemble:
     Raises:
         DataError: If there is no member or no epoch, a step is not positive, or ``is_randomised`` gets batches without
             row numbers (those of a loader).
-        NonFiniteError: If the log-joint of a member is no longer finite.
+        DivergedError: If the log-joint of a member or its gradient is no longer finite; ``posterior`` has the other
+            members as they were before that step.
         UnsupportedError: If a layer cannot be re-initialised or has running statistics, members would not differ, or
             ``is_randomised`` meets another likelihood than a `Gaussian` or a prior that is not Normal.
 
@@ -147,15 +147,20 @@ class Ensemble:
             pull = precision * state.centres / joint.temperature
             values = values + (pull * (theta - state.centres / 2)).sum(1)
             gradients = gradients + pull
-        (total,) = add_over_ranks([values.double().sum()[None]])
-        if not math.isfinite(mean := float(total) / self.n_members):
-            raise NonFiniteError(
-                "a finite log-joint", f"{values.tolist()} for the members", "Lower learning_rate or scale the data."
+        is_sound = values.isfinite() & gradients.isfinite().all(1)
+        (sums,) = add_over_ranks([torch.stack([values.double().sum(), is_sound.sum().double()])])
+        total, n_sound = sums.tolist()
+        if n_sound < self.n_members:
+            raise DivergedError(
+                "a finite log-joint and gradient of every member",
+                f"others in {self.n_members - int(n_sound)} of {self.n_members} members",
+                "Lower learning_rate or scale the data; `posterior` of this error has the members that are left.",
+                self._left(state, is_sound, joint),
             )
         # divided by N, so that the learning rate does not depend on the size of the data set
         state.theta.grad = -gradients / joint.n_data
         state.optimiser.step()
-        return state, Info(mean)
+        return state, Info(total / self.n_members)
 
     def posterior(self, state: EnsembleState, joint: LogJoint) -> Particles:
         """One particle a member."""
@@ -173,13 +178,19 @@ class Ensemble:
         centres = packed["centres"]
         centres = None if centres is None else centres.to(chosen.start, copy=True)
         state = self._state(chosen, packed["theta"].detach().to(chosen.start, copy=True), packed["seeds"], centres)
-        # a copy: Adam writes into the moments that it is given
-        state.optimiser.load_state_dict(copy.deepcopy(packed["optimiser"]))
+        resume(state.optimiser, packed["optimiser"])
         return state
 
     def _state(self, chosen: Chosen, theta: Tensor, seeds: list[int], centres: Tensor | None) -> EnsembleState:
         leaf = theta.requires_grad_()
         return EnsembleState(chosen, leaf, torch.optim.Adam([leaf], lr=self.learning_rate), seeds, centres)
+
+    def _left(self, state: EnsembleState, is_sound: Tensor, joint: LogJoint) -> Particles | None:
+        """Members of all ranks that have not diverged; None without any."""
+        theta = state.theta.detach()
+        is_left = gather_members(is_sound.to(theta), self.n_members) > 0
+        left = gather_members(theta, self.n_members)[is_left]
+        return Particles(state.chosen.params(left), info=info_of(joint)) if len(left) else None
 
     def _prior_scale(self, chosen: Chosen, joint: LogJoint) -> Tensor | None:
         """Standard deviation of the chosen weights' prior means, (P,); None where nothing is perturbed."""
@@ -192,11 +203,11 @@ class Ensemble:
 
 
 def _precisions(chosen: Chosen, joint: LogJoint) -> Tensor:
-    """Prior precisions of the chosen weights, float64 (P,)."""
-    if not isinstance(joint.prior, IsotropicNormal | IndependentNormal):
+    """Prior precisions of the chosen weights, float64, () or (P,)."""
+    if (precisions := chosen.prior_precision(joint)) is None:
         expected = "an IsotropicNormal or IndependentNormal prior"
         raise UnsupportedError(expected, type(joint.prior).__name__, "Use is_randomised=False.")
-    return chosen.subset.ravel(joint.prior.precisions_of(chosen.base))
+    return precisions
 
 
 def _of_some(chosen: Chosen, joint: LogJoint, theta: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

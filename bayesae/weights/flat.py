@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from bayesae.distributed import own_members
-from bayesae.joint import LogJoint
+from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
 from bayesae.random import derived_seed
 from bayesae.subset import Subset
 from bayesae.types import Batch, Params
 
-__all__ = ["Chosen", "Members", "progress"]
+__all__ = ["Chosen", "Members", "progress", "resume"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ class Chosen:
         """The chosen weights newly initialised by their layers, (P,)."""
         return self.subset.ravel(joint.initialise()).to(self.start)
 
+    def prior_precision(self, joint: LogJoint) -> Tensor | None:
+        """Precisions of the chosen weights' prior, float64: () where all share one, else (P,); None unless Normal."""
+        if isinstance(joint.prior, IsotropicNormal):
+            return torch.tensor(
+                joint.prior.precision, dtype=torch.float64, device=next(iter(self.base.values())).device
+            )
+        if isinstance(joint.prior, IndependentNormal):
+            return self.subset.ravel(joint.prior.precisions_of(self.base))
+        return None
+
     def gradient(
         self, joint: LogJoint, theta: Tensor, batch: Batch, *, divides_rows: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -106,3 +117,9 @@ class Members:
 def progress(n_seen: int, epochs: int, joint: LogJoint) -> float:
     """Share of ``epochs`` passes that is done after ``n_seen`` rows, in [0, 1]."""
     return min(n_seen / (epochs * joint.rows_of_pass), 1.0)
+
+
+def resume(optimiser: torch.optim.Optimizer, packed: dict[str, Any]) -> None:
+    """Put an optimiser where it stood: its ``state_dict`` of then, which stays as it is while this one goes on."""
+    # a copy: Adam writes into the moments that it is given
+    optimiser.load_state_dict(copy.deepcopy(packed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +14,14 @@ from torch import Tensor
 from bayesae.distributed import add_over_ranks, n_ranks, own_rows, rank
 from bayesae.errors import DataError, DivergedError, UnsupportedError
 from bayesae.families import DiagonalNormal, FactorNormal
-from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
+from bayesae.joint import LogJoint
 from bayesae.objectives import WarmUp
 from bayesae.random import derived_seed
 from bayesae.schedules import Schedule, as_number, check_schedule, factor_at
 from bayesae.subset import Subset
 from bayesae.types import Batch, Params
 from bayesae.weights.base import Info, info_of
-from bayesae.weights.flat import Chosen, progress
+from bayesae.weights.flat import Chosen, progress, resume
 from bayesae.weights.layer_noise import NoisyWeight, RowNoise
 
 __all__ = ["MeanField", "MeanFieldState"]
@@ -255,8 +254,7 @@ class MeanField:
         generator.set_state(packed["generator"].cpu())
         counts = packed["n_seen"], packed["batch_size"], dict(packed["sums"])
         state = self._state(chosen, numbers, generator, *counts)
-        # a copy: Adam writes into the moments that it is given
-        state.optimiser.load_state_dict(copy.deepcopy(packed["optimiser"]))
+        resume(state.optimiser, packed["optimiser"])
         return state
 
     def _state(self, chosen: Chosen, numbers: list[Tensor], generator: torch.Generator, *counts: Any) -> MeanFieldState:  # noqa: ANN401
@@ -332,11 +330,7 @@ class _Flat:
 
 def _expected_log_prior(joint: LogJoint, chosen: Chosen, law: _Law, draws: Tensor) -> Tensor:
     """E_q[log p(theta)], nats: of the chosen weights in closed form under a Normal, of all weights else."""
-    prior = joint.prior
-    if isinstance(prior, IsotropicNormal):
-        precision = torch.full_like(law.mean, prior.precision)
-    elif isinstance(prior, IndependentNormal):
-        precision = chosen.subset.ravel(prior.precisions_of(chosen.base)).to(law.mean)
-    else:
-        return prior.log_prob(chosen.params(draws)).mean()
+    if (precision := chosen.prior_precision(joint)) is None:
+        return joint.prior.log_prob(chosen.params(draws)).mean()
+    precision = precision.to(law.mean)
     return 0.5 * ((precision / (2 * math.pi)).log() - precision * (law.mean**2 + law.var)).sum()

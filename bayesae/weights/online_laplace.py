@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import warnings
@@ -19,13 +18,13 @@ from bayesae.distributed import add_over_ranks, n_ranks, own_rows, rank
 from bayesae.errors import DataError, DivergedError, NotFittedError, UnsupportedError
 from bayesae.families import DiagonalNormal
 from bayesae.functional import at_least_float32
-from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint
+from bayesae.joint import LogJoint
 from bayesae.likelihoods.noise import NoisyLikelihood
 from bayesae.schedules import Schedule, check_schedule, factor_at
 from bayesae.subset import Subset
 from bayesae.types import Batch, OutputHessian, Params
 from bayesae.weights.base import Info, info_of
-from bayesae.weights.flat import Chosen, progress
+from bayesae.weights.flat import Chosen, progress, resume
 from bayesae.weights.laplace import Laplace
 
 __all__ = ["OnlineLaplace", "OnlineLaplaceState"]
@@ -161,20 +160,16 @@ class OnlineLaplace:
         return self._state(params, joint, int(torch.randint(2**31, ())))
 
     def _state(self, params: Params, joint: LogJoint, seed: int) -> OnlineLaplaceState:
-        if not isinstance(joint.prior, IsotropicNormal | IndependentNormal):
-            expected = "an IsotropicNormal or IndependentNormal prior"
-            raise UnsupportedError(expected, type(joint.prior).__name__, "Give its precisions.")
         if not joint.is_deterministic and (self.curvature != "monte_carlo" or joint.draws is None):
             got = f"a stochastic code with curvature={self.curvature!r}" + ("" if joint.draws else " and no draws")
             fix = "Take curvature='monte_carlo', and a joint of bae.log_joint; or codes=codes.encode."
             raise UnsupportedError("a deterministic code, or random probes through its draws", got, fix)
         chosen = Chosen.of(params, joint, self.subset)
+        if (precision := chosen.prior_precision(joint)) is None:
+            expected = "an IsotropicNormal or IndependentNormal prior"
+            raise UnsupportedError(expected, type(joint.prior).__name__, "Give its precisions.")
         mean = chosen.start.requires_grad_()
         wide = at_least_float32(mean.detach())
-        if isinstance(joint.prior, IsotropicNormal):
-            prior = wide.new_tensor(joint.prior.precision)
-        else:
-            prior = chosen.subset.ravel(joint.prior.precisions_of(chosen.base)).to(wide)
         if self._learns(joint):
             joint = joint.copy()
             joint.likelihood.start_noise()  # pyright: ignore[reportAttributeAccessIssue] - it learns noise
@@ -185,7 +180,7 @@ class OnlineLaplace:
             Linearisation(joint.network, chosen.base),
             mean,
             torch.optim.Adam([mean], lr=self.learning_rate, fused=True),
-            prior,
+            precision.to(wide),
             torch.full_like(wide, start),
             0.0,
             None,
@@ -272,8 +267,7 @@ class OnlineLaplace:
             state.joint.likelihood.load_state_dict(packed["likelihood"])  # pyright: ignore[reportAttributeAccessIssue]
         state.noise = None if packed["noise"] is None else packed["noise"].to(state.mean.device, copy=True)
         state.weight, state.n_steps, state.n_seen = packed["weight"], packed["n_steps"], packed["n_seen"]
-        # a copy: Adam writes into the moments that it is given
-        state.optimiser.load_state_dict(copy.deepcopy(packed["optimiser"]))
+        resume(state.optimiser, packed["optimiser"])
         return state
 
     def _precision(self, state: OnlineLaplaceState) -> Tensor:

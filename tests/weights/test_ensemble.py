@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import testing
-from bayesae.errors import DataError, UnsupportedError
+from bayesae.errors import DataError, DivergedError, UnsupportedError
+from bayesae.families import Particles
 from bayesae.functional import parameters_of, select_draws
 from bayesae.testing import ConjugateRegression
 from bayesae.weights.ensemble import _perturbed
@@ -46,9 +48,48 @@ def test_members_differ(rows):
     assert float(posterior.sample(3)["encoder.1.weight"].var(0).min()) > 0
 
 
-def test_divergence_is_said(model, rows):
-    with pytest.raises(bae.errors.NonFiniteError, match="Lower learning_rate"):
-        bae.fit_weights(bae.weights.Ensemble(2, epochs=5, learning_rate=1e200), model, rows)
+@pytest.mark.parametrize("is_randomised", [False, True])
+def test_members_that_are_left_of_a_diverging_run_are_kept(is_randomised):
+    """As they were before the step in which the second was lost."""
+    world = ConjugateRegression.make()
+    method = bae.weights.Ensemble(3, is_randomised=is_randomised)
+    state = method.init(dict(world.mean), world.joint)
+    state, _ = method.update(state, world.batch, world.joint)
+    with torch.no_grad():
+        state.theta[1] = 1e200  # its square is no number
+    before = state.theta.detach().clone()
+    with pytest.raises(DivergedError, match="others in 1 of 3 members.*the members that are left") as caught:
+        method.update(state, world.batch, world.joint)
+    left = pickle.loads(pickle.dumps(caught.value)).posterior
+    assert isinstance(left, Particles) and left.info["n_data"] == world.joint.n_data
+    assert torch.equal(state.chosen.subset.ravel(left.atoms), before[[0, 2]])
+
+
+def test_a_member_is_lost_with_its_gradient(model, rows):
+    """A log-joint that has no slope where it stands: the step would make weights of no number in silence."""
+
+    class Rooted:
+        def log_prob(self, params):
+            return -torch.stack([leaf.flatten(1).abs().sqrt().sum(1) for leaf in params.values()]).sum(0)
+
+    joint = bae.log_joint(model, len(rows), weight_prior=Rooted())
+    method = bae.weights.Ensemble(2)
+    state = method.init(parameters_of(model.network), joint)
+    with torch.no_grad():
+        state.theta[0, 0] = 0
+    with pytest.raises(DivergedError, match="finite log-joint and gradient.*1 of 2 members") as caught:
+        method.update(state, bae.Batch(rows), joint)
+    assert caught.value.posterior.n_atoms == 1
+
+
+def test_divergence_of_all_members_leaves_nothing(model, rows):
+    for method in (
+        bae.weights.Ensemble(2, epochs=5, learning_rate=1e200),
+        bae.weights.MixtureOf(bae.weights.Ensemble(2, epochs=5, learning_rate=1e200), bae.weights.Laplace()),
+    ):
+        with pytest.raises(DivergedError, match="others in 2 of 2 members.*Lower learning_rate") as caught:
+            bae.fit_weights(method, model, rows)
+        assert caught.value.posterior is None
 
 
 def test_a_layer_that_cannot_be_reset_is_named(rows):
