@@ -132,6 +132,10 @@ class Likelihood(Protocol):
         r"""Log-density (..., B, \*D) of every number of ``target`` (B, \*D) under ``outputs`` (..., B, \*O), nats."""
         ...
 
+    def attainable(self, target: Tensor) -> Tensor:
+        r"""Largest log-density (B, \*D) that any outputs give each number of ``target`` (B, \*D), nats."""
+        ...
+
     def log_prob(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         r"""Log-density (..., B) of ``target`` (B, \*D) under ``outputs`` (..., B, \*O), nats, summed over numbers."""
         ...

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayesae.errors import DataError, ShapeError
+from bayesae.errors import DataError, ShapeError, UnsupportedError
 from bayesae.functional import at_least_float32
 from bayesae.types import OutputHessian
 
@@ -41,6 +41,11 @@ class Head(nn.Module):
     def log_density(self, outputs: Tensor, target: Tensor) -> Tensor:
         r"""Log-density of every number: outputs (..., B, \*O) and target (B, \*D) to (..., B, \*D), nats."""
         raise NotImplementedError
+
+    def attainable(self, target: Tensor) -> Tensor:
+        r"""Largest log-density that any outputs give each number of ``target`` (B, \*D): (B, \*D), nats."""
+        fix = "Its densities grow without bound: use the score as it is."
+        raise UnsupportedError("a likelihood whose density has a largest value", type(self).__name__, fix)
 
     def mean(self, outputs: Tensor) -> Tensor:
         r"""Mean in data space, (..., B, \*D)."""

@@ -57,6 +57,10 @@ class Bernoulli(Head):
         r"""Log-probability of every number, nats, (..., B, \*D)."""
         return target * outputs - softplus(outputs)
 
+    def attainable(self, target: Tensor) -> Tensor:
+        r"""Minus the entropy of a probability of x, (B, \*D): 0 for x of 0 and 1."""
+        return torch.xlogy(target, target) + torch.xlogy(1 - target, 1 - target)
+
     def distribution(self, outputs: Tensor) -> torch.distributions.Bernoulli:
         """Bernoulli."""
         return torch.distributions.Bernoulli(logits=outputs, validate_args=False)

@@ -117,6 +117,10 @@ class Categorical(Head):
         chosen = log_p.gather(-1, classes.expand(log_p.shape[:-1])[..., None])[..., 0]
         return torch.where(is_one, chosen, -torch.inf)
 
+    def attainable(self, target: Tensor) -> Tensor:
+        r"""0 of every class, (B, \*D): the probability goes to 1 with its logit."""
+        return torch.where(self._classes(target)[1], torch.zeros_like(target), -torch.inf)
+
     def distribution(self, outputs: Tensor) -> torch.distributions.Categorical:
         """Categorical over class numbers, or over the values."""
         if self.values is None:

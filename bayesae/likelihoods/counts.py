@@ -66,6 +66,10 @@ class Poisson(Head):
         few = small * outputs - torch.where(is_large, 0.0, outputs).exp() - torch.lgamma(small + 1)
         return torch.where(is_large, saddle, few)
 
+    def attainable(self, target: Tensor) -> Tensor:
+        r"""Log-probability at a rate of x, (B, \*D): 0 for x = 0."""
+        return _at_own_mean(self, target)
+
     def distribution(self, outputs: Tensor) -> torch.distributions.Poisson:
         """Poisson."""
         return torch.distributions.Poisson(outputs.exp(), validate_args=False)
@@ -171,6 +175,10 @@ class NegativeBinomial(NoisyHead):
         wide = outputs.double()  # see `_log_negative_binomial`
         return _log_negative_binomial(wide, self._like(wide), target).to(outputs.dtype)
 
+    def attainable(self, target: Tensor) -> Tensor:
+        r"""Log-probability at a mean of x, (B, \*D): 0 for x = 0."""
+        return _at_own_mean(self, target)
+
     def distribution(self, outputs: Tensor) -> torch.distributions.NegativeBinomial:
         """Negative binomial."""
         r = self._like(outputs)
@@ -207,6 +215,10 @@ class NegativeBinomial(NoisyHead):
         if isinstance(shown, Tensor):
             shown = f"{float(shown.min()):.4g} to {float(shown.max()):.4g}"
         return f"dispersion={shown}, is_learned={self.is_learned}"
+
+
+def _at_own_mean(head: Poisson | NegativeBinomial, x: Tensor) -> Tensor:
+    return torch.where(x > 0, head.log_density(x.clamp(min=1).log(), x), 0.0)
 
 
 def size_factors(counts: Tensor | np.ndarray) -> Tensor:

@@ -185,6 +185,10 @@ class Mixed(Head):
         """Log-density of every number, nats, (..., B, n_columns)."""
         return self._each(lambda head, f, x: head.log_density(f, x), self._outputs(outputs), target.unbind(-1))
 
+    def attainable(self, target: Tensor) -> Tensor:
+        """Column by column, (B, n_columns)."""
+        return self._each(lambda head, x: head.attainable(x), target.unbind(-1))
+
     def distribution(self, outputs: Tensor) -> torch.distributions.Distribution:
         """The columns' laws side by side: batch shape (..., B, n_columns)."""
         laws = [head.distribution(f) for head, f in zip(self.heads, self._outputs(outputs), strict=True)]

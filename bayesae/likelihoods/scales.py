@@ -42,6 +42,10 @@ class ScaledHead(NoisyHead):
         r"""A number () for all outputs, or numbers (B, \*O)."""
         return value.expand(outputs.shape) if isinstance(value, Tensor) else outputs.new_tensor(value)
 
+    def attainable(self, target: Tensor) -> Tensor:
+        r"""Log-density at the outputs' own mode, (B, \*D): what the noise alone decides."""
+        return self.log_density(target, target)
+
     def mean(self, outputs: Tensor) -> Tensor:
         """The outputs themselves."""
         return outputs

@@ -1,22 +1,17 @@
-"""Scores as reductions of `Draws` or `Moments` to (B,); higher = stranger, always."""
+"""Scores as reductions of `Moments` to (B,); higher = stranger, always."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from torch import Tensor
 
-from bayesae.draws import Draws, Moments, fitted_rows, logmeanexp_over_weights, mean_over_weights
+from bayesae.draws import Moments, fitted_rows
 from bayesae.errors import UnsupportedError
 from bayesae.ood.contributions import contributions
 
 __all__ = [
-    "disagreement",
     "negative_log_density",
-    "negative_log_predictive",
     "reconstruction_error",
-    "waic",
     "weight_variance",
 ]
 
@@ -44,77 +39,6 @@ def negative_log_density(moments: Moments, x: Tensor | np.ndarray, mask: Tensor 
     Biased when: errors are correlated across pixels: their evidence is counted once per pixel.
     """
     return _summed(contributions(moments, x, mask))
-
-
-def negative_log_predictive(draws: Draws) -> Tensor:
-    r"""Minus the log of the posterior's mean density, :math:`-\log \frac1S \sum_s p(x \mid \theta_s)`.
-
-    Args:
-        draws: Draws of the predictive at x.
-
-    Returns:
-        (B,), in nats.
-
-    Exact when: the draws are the whole posterior (an ensemble, one particle).
-    Biased when: S is finite: by Jensen's inequality it is too large in expectation, the more so the more the
-        log-densities vary; with hundreds of outputs one draw dominates.
-
-    References:
-        | Bayesian Variational Autoencoders for Unsupervised Out-of-Distribution Detection
-          (Daxberger, Hernandez-Lobato, 2019)
-    """
-    return -logmeanexp_over_weights(draws.log_density())
-
-
-def waic(draws: Draws) -> Tensor:
-    r"""Minus the Watanabe-Akaike information criterion of a row.
-
-    .. math:: -\big(\operatorname{mean}_s \ell_s - \operatorname{var}_s \ell_s\big), \qquad
-              \ell_s = \log p(x \mid \theta_s)
-
-    The variance over draws has divisor S, so that one particle gives minus its log-likelihood.
-
-    Args:
-        draws: Draws of the predictive at x.
-
-    Returns:
-        (B,), in nats (the variance in nats squared, as published).
-
-    Exact when: all draws are equal: it is minus their log-likelihood.
-
-    References:
-        | WAIC, but Why? Generative Ensembles for Robust Anomaly Detection (Choi, Jang, Alemi, 2018)
-    """
-    values = draws.log_density()
-    return -mean_over_weights(values) + ((values - mean_over_weights(values)) ** 2).mean(0)
-
-
-def disagreement(draws: Draws) -> Tensor:
-    r"""How much the row would narrow the weight posterior: log S minus the log effective sample size.
-
-    .. math:: \log S - \log \frac{1}{\sum_s w_s^2}, \qquad w_s = \frac{p(x \mid \theta_s)}{\sum_t p(x \mid \theta_t)}
-
-    Args:
-        draws: Draws of the predictive at x, S > 1.
-
-    Returns:
-        (B,), from 0 (draws agree) to log S (one draw explains the row). With hundreds of outputs most rows sit
-        at log S: report how many before believing a ranking.
-
-    Raises:
-        UnsupportedError: If there is one draw only.
-
-    Exact when: always, as a function of the draws.
-
-    References:
-        | Bayesian Variational Autoencoders for Unsupervised Out-of-Distribution Detection
-          (Daxberger, Hernandez-Lobato, 2019)
-    """
-    values = draws.log_density()
-    if len(values) < 2:
-        raise UnsupportedError("at least two weight draws", "one", "One network cannot disagree with itself.")
-    log_ess = 2 * values.logsumexp(0) - (2 * values).logsumexp(0)
-    return math.log(len(values)) - log_ess
 
 
 def weight_variance(moments: Moments) -> Tensor:

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from bayesae.errors import UnsupportedError
+from bayesae.lazy import import_zuko
 
 __all__ = ["Zuko", "import_zuko"]
-
-
-def import_zuko() -> ModuleType:
-    """The zuko library, imported without its side effect.
-
-    Importing it switches the validation of ``torch.distributions`` off for the whole process; this puts back what was.
-
-    Returns:
-        The module.
-    """
-    validates = Distribution._validate_args
-    try:
-        return importlib.import_module("zuko")
-    finally:
-        Distribution.set_default_validate_args(validates)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,271 @@
+"""Scores of the code: how much it varies over draws, and how probable it is among familiar codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bayesae import random
+from bayesae.draws import Draws
+from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
+from bayesae.functional import check_finite
+from bayesae.lazy import import_zuko
+
+__all__ = ["CodeFlow", "Mahalanobis", "code_covariance", "code_variance", "code_volume"]
+
+
+def code_covariance(draws: Draws) -> Tensor:
+    r"""Covariance of the code over all its draws, those of the weights and its own.
+
+    .. math:: \frac{1}{KS} \sum_{k,s} (z_{ks} - \bar z)(z_{ks} - \bar z)^\top
+
+    Args:
+        draws: Draws of the predictive at x, K S > 1.
+
+    Returns:
+        (B, Z, Z), squared units of the code; divisor K S. Of a deterministic code it is the weights' alone.
+
+    Raises:
+        UnsupportedError: If there is one draw only.
+
+    Exact when: the draws are the whole posterior.
+    Biased when: draws are few: low by a share 1 / (K S).
+    """
+    latents = draws.latents.flatten(0, 1)
+    if len(latents) < 2:
+        raise UnsupportedError("at least two draws of the code", "one", "Draw more weights, or more codes.")
+    centred = latents - latents.mean(0)
+    return torch.einsum("dbi,dbj->bij", centred, centred) / len(latents)
+
+
+def code_variance(draws: Draws) -> Tensor:
+    """Variance of the code over its draws, summed over dimensions: the trace of `code_covariance`.
+
+    Args:
+        draws: Draws of the predictive at x, K S > 1.
+
+    Returns:
+        (B,), squared units of the code. Its unit is the network's own: of two trainings the numbers do not compare.
+
+    Raises:
+        UnsupportedError: If there is one draw only.
+
+    Exact when: as `code_covariance`.
+    Biased when: read as a score of how unfamiliar x is: it is the share of dead inputs that move the code, and
+        inverted where strange inputs move fewer weights than familiar ones.
+
+    References:
+        | Laplacian Autoencoders for Learning Stochastic Representations (Miani, Warburg, Moreno-Munoz, Skafte,
+          Hauberg, 2022)
+    """
+    return code_covariance(draws).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def code_volume(draws: Draws) -> Tensor:
+    r"""Entropy of a Normal with the code's covariance, :math:`\tfrac12 \log \det 2 \pi e\, \operatorname{Cov}[z]`.
+
+    Unlike the variance it ranks rows alike whatever linear map the code goes through.
+
+    Args:
+        draws: Draws of the predictive at x, more of them than code dimensions.
+
+    Returns:
+        (B,), nats.
+
+    Raises:
+        UnsupportedError: If there are no more draws than code dimensions: the covariance is singular then.
+        NonFiniteError: If a code dimension never moves.
+
+    Exact when: as `code_covariance`, for a Normal code.
+    """
+    n_draws, n_latents = len(draws.latents.flatten(0, 1)), draws.latents.shape[-1]
+    if n_draws <= n_latents:
+        fix = "Draw more weights, or use code_variance."
+        raise UnsupportedError(f"more than {n_latents} draws of a code of that size", f"{n_draws}", fix)
+    log_det = torch.linalg.slogdet(code_covariance(draws).double()).logabsdet
+    volume = 0.5 * (log_det + n_latents * math.log(2 * math.pi * math.e))
+    check_finite({"code_volume": volume}, "covariances of full rank", "Does a code dimension never move?")
+    return volume.to(draws.latents.dtype)
+
+
+@dataclass(frozen=True)
+class Mahalanobis:
+    r"""Normals fitted to familiar codes, one a class with a shared covariance.
+
+    .. math:: s(z) = \min_c \tfrac12 (z - m_c)^\top C^{-1} (z - m_c)
+
+    Args:
+        means: Mean code of each class, (C, Z); one class without labels.
+        factor: Cholesky factor of the pooled covariance, (Z, Z).
+    """
+
+    means: Tensor
+    factor: Tensor
+
+    @classmethod
+    def fit(cls, codes: Tensor, labels: Tensor | None = None) -> Mahalanobis:
+        """Fit to familiar codes.
+
+        Args:
+            codes: (N, Z), of training rows, say ``predictive(x).latents.mean((0, 1))``.
+            labels: Classes (N,), or None for one.
+
+        Returns:
+            The fitted score.
+
+        Raises:
+            DataError: If there are too few codes for a covariance of full rank, or another number of labels.
+            NonFiniteError: If a code is not finite.
+
+        Exact when: codes are Normal with this covariance in each class, in the limit of many.
+        """
+        codes = _checked(codes)
+        classes = torch.zeros(len(codes), dtype=torch.long) if labels is None else torch.as_tensor(labels)
+        if classes.shape != (len(codes),):
+            raise DataError(f"{len(codes)} labels", f"shape {tuple(classes.shape)}", "One for every code.")
+        kinds, index = classes.to(codes.device).unique(return_inverse=True)
+        means = torch.stack([codes[index == c].mean(0) for c in range(len(kinds))])
+        centred = codes - means[index]
+        covariance = centred.T @ centred / max(1, len(codes) - len(kinds))
+        factor, info = torch.linalg.cholesky_ex(covariance)
+        if int(info) or not bool(factor.isfinite().all()):
+            got = f"{len(codes)} codes of rank {int(torch.linalg.matrix_rank(covariance))} in {len(kinds)} classes"
+            fix = "Give more rows, or leave out code dimensions that never move."
+            raise DataError(f"codes that span all {codes.shape[1]} dimensions", got, fix)
+        return cls(means, factor)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Score codes.
+
+        Args:
+            latents: (K, S, B, Z) of `Draws`, or (B, Z).
+
+        Returns:
+            (B,), half the smallest squared distance, in standard deviations squared; the mean over draws.
+        """
+        _check_size(latents, self.means.shape[1])
+        # (..., C, Z): codes times classes, whitened
+        difference = latents.double()[..., None, :] - self.means.to(latents.device)
+        white = torch.linalg.solve_triangular(self.factor.to(latents.device), difference.mT, upper=False)
+        return _over_draws(0.5 * (white**2).sum(-2).amin(-1)).to(latents.dtype)
+
+
+@dataclass(frozen=True)
+class CodeFlow:
+    r"""A normalizing flow fitted to familiar codes; the score is :math:`-\log p(z)`.
+
+    Args:
+        flow: A flow of the zuko library, fitted.
+        loc: Mean of the familiar codes, (Z,).
+        scale: Their standard deviation, (Z,).
+    """
+
+    flow: nn.Module
+    loc: Tensor
+    scale: Tensor
+
+    @classmethod
+    def fit(
+        cls,
+        codes: Tensor,
+        *,
+        hidden: Sequence[int] = (64, 64),
+        n_transforms: int = 3,
+        epochs: int = 100,
+        batch_size: int = 256,
+        learning_rate: float = 3e-3,
+        seed: int | None = None,
+        progress: bool | None = None,
+    ) -> CodeFlow:
+        """Fit a masked autoregressive flow to familiar codes by maximum likelihood, the best epoch by held-out codes.
+
+        Its transformations are affine, so that its density falls off outside the familiar codes as a Normal's does; a
+        spline's tails there are whatever its end knots are.
+
+        Args:
+            codes: (N, Z), N of at least 10: a tenth is held out.
+            hidden: Widths of its networks.
+            n_transforms: Transformations, one after the other.
+            epochs: Passes over the codes.
+            batch_size: Codes a step.
+            learning_rate: Of Adam.
+            seed: Of its weights and batches; the caller's generators are put back. None advances them.
+            progress: Show a progress bar; None shows it on a terminal only.
+
+        Returns:
+            The fitted score.
+
+        Raises:
+            DataError: If there are fewer than 10 codes, or a dimension never moves.
+            NonFiniteError: If a code is not finite.
+
+        Exact when: codes are Normal, or autoregressively so given those before, in the limit of many.
+        Cost: a training on vectors of Z numbers.
+
+        References:
+            | Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017)
+        """
+        codes = _checked(codes).float()
+        loc, scale = codes.mean(0), codes.std(0, correction=0)
+        if len(codes) < 10 or not bool((scale > 0).all()):
+            got = f"{len(codes)} codes, {int((scale <= 0).sum())} dimensions that never move"
+            raise DataError("at least 10 codes, all dimensions moving", got, "Give more rows, or Mahalanobis.")
+        with random.scope(seed, codes.device):
+            order = torch.randperm(len(codes))
+            white = ((codes - loc) / scale)[order.to(codes.device)]
+            held_out, rows = white[: len(codes) // 10], white[len(codes) // 10 :]
+            flow = import_zuko().flows.MAF(codes.shape[1], transforms=n_transforms, hidden_features=tuple(hidden))
+            flow = flow.to(codes.device)
+            optimiser = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+            best, kept = math.inf, None
+            for _ in tqdm(range(epochs), unit="epoch", disable=None if progress is None else not progress):
+                for batch in rows[torch.randperm(len(rows)).to(rows.device)].split(batch_size):
+                    optimiser.zero_grad()
+                    (-flow().log_prob(batch).mean()).backward()
+                    optimiser.step()
+                with torch.no_grad():
+                    loss = float(-flow().log_prob(held_out).mean())
+                if not math.isfinite(loss):
+                    raise NonFiniteError("a finite held-out density", f"{loss}", "Lower the learning rate.")
+                if loss < best:
+                    best, kept = loss, {name: value.clone() for name, value in flow.state_dict().items()}
+        assert kept is not None
+        flow.load_state_dict(kept)
+        return cls(flow.requires_grad_(requires_grad=False).eval(), loc, scale)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Score codes.
+
+        Args:
+            latents: (K, S, B, Z) of `Draws`, or (B, Z).
+
+        Returns:
+            (B,), nats; the mean over draws.
+        """
+        _check_size(latents, len(self.loc))
+        white = (latents.float() - self.loc.to(latents.device)) / self.scale.to(latents.device)
+        log_prob = self.flow().log_prob(white.reshape(-1, white.shape[-1])).reshape(white.shape[:-1])
+        return _over_draws(self.scale.log().sum() - log_prob).to(latents.dtype)
+
+
+def _over_draws(values: Tensor) -> Tensor:
+    """Mean over all axes but the rows, (..., B) to (B,)."""
+    return values.reshape(-1, values.shape[-1]).mean(0)
+
+
+def _checked(codes: Tensor) -> Tensor:
+    if codes.dim() != 2 or len(codes) == 0:
+        raise ShapeError("codes (N, Z)", f"{tuple(codes.shape)}", "Take the mean over draws: latents.mean((0, 1)).")
+    check_finite({"codes": codes}, "codes", "Did the network diverge?")
+    return codes.detach().double()
+
+
+def _check_size(latents: Tensor, n_latents: int) -> None:
+    if latents.dim() < 2 or latents.shape[-1] != n_latents:
+        raise ShapeError(f"codes (..., B, {n_latents})", f"{tuple(latents.shape)}", "Score codes of the same network.")

@@ -1,0 +1,270 @@
+"""Scores of log p(x | theta) over weight draws: reductions of `Draws` to (B,); higher = stranger, always."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bayesae.draws import Draws, logmeanexp_over_weights, mean_over_weights
+from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
+
+__all__ = [
+    "all_scores",
+    "disagreement",
+    "log_density_deviation",
+    "negative_expected_log_density",
+    "negative_log_predictive",
+    "share_saturated",
+    "typicality",
+    "waic",
+    "weight_entropy",
+]
+
+
+def negative_log_predictive(draws: Draws) -> Tensor:
+    r"""Minus the log of the posterior's mean density, :math:`-\log \frac1S \sum_s p(x \mid \theta_s)`.
+
+    Args:
+        draws: Draws of the predictive at x.
+
+    Returns:
+        (B,), in nats.
+
+    Exact when: the draws are the whole posterior (an ensemble, one particle).
+    Biased when: S is finite: by Jensen's inequality it is too large in expectation, the more so the more the
+        log-densities vary; with hundreds of outputs one draw dominates.
+
+    References:
+        | Bayesian Variational Autoencoders for Unsupervised Out-of-Distribution Detection
+          (Daxberger, Hernandez-Lobato, 2019)
+    """
+    return -logmeanexp_over_weights(draws.log_density())
+
+
+def waic(draws: Draws) -> Tensor:
+    r"""Minus the Watanabe-Akaike information criterion of a row.
+
+    .. math:: -\big(\operatorname{mean}_s \ell_s - \operatorname{var}_s \ell_s\big), \qquad
+              \ell_s = \log p(x \mid \theta_s)
+
+    The variance over draws has divisor S, so that one particle gives minus its log-likelihood.
+
+    Args:
+        draws: Draws of the predictive at x.
+
+    Returns:
+        (B,), in nats (the variance in nats squared, as published).
+
+    Exact when: all draws are equal: it is minus their log-likelihood.
+
+    References:
+        | WAIC, but Why? Generative Ensembles for Robust Anomaly Detection (Choi, Jang, Alemi, 2018)
+    """
+    values = draws.log_density()
+    return -mean_over_weights(values) + ((values - mean_over_weights(values)) ** 2).mean(0)
+
+
+def negative_expected_log_density(draws: Draws) -> Tensor:
+    r"""Minus the posterior's mean log-density, :math:`-\frac1S \sum_s \log p(x \mid \theta_s)`.
+
+    Args:
+        draws: Draws of the predictive at x.
+
+    Returns:
+        (B,), in nats; at least `negative_log_predictive` (Jensen).
+
+    Exact when: the draws are the whole posterior; unbiased else, if log p(x | theta) is.
+    """
+    return -mean_over_weights(draws.log_density())
+
+
+def disagreement(draws: Draws, *, temperature: float = 1.0) -> Tensor:
+    r"""How much the row would narrow the weight posterior: log S minus the log effective sample size.
+
+    .. math:: \log S - \log \frac{1}{\sum_s w_s^2}, \qquad
+              w_s = \frac{p(x \mid \theta_s)^{1/T}}{\sum_t p(x \mid \theta_t)^{1/T}}
+
+    Args:
+        draws: Draws of the predictive at x, S > 1.
+        temperature: T divides the log-densities. With hundreds of outputs they differ by tens of nats between draws
+            and at T = 1 one draw decides: `share_saturated` says for how many rows. The number of outputs is a
+            natural T: the mean log-density of a pixel.
+
+    Returns:
+        (B,), from 0 (draws agree) to log S (one draw explains the row).
+
+    Raises:
+        UnsupportedError: If there is one draw only.
+        DataError: If the temperature is not positive.
+
+    Exact when: always, as a function of the draws. S must be the same for all rows that are compared.
+
+    References:
+        | Bayesian Variational Autoencoders for Unsupervised Out-of-Distribution Detection
+          (Daxberger, Hernandez-Lobato, 2019)
+    """
+    log_weights = _log_weights(draws, temperature)
+    score = math.log(len(log_weights)) + (2 * log_weights).logsumexp(0)
+    return score.to(draws.log_likelihood.dtype)
+
+
+def weight_entropy(draws: Draws, *, temperature: float = 1.0) -> Tensor:
+    r"""Log S minus the entropy of the normalised likelihoods: what the row tells about the weights.
+
+    .. math:: \log S + \sum_s w_s \log w_s = \operatorname{KL}\Big(\sum_s w_s \delta_{\theta_s} \Big\|
+              \tfrac1S \sum_s \delta_{\theta_s}\Big), \qquad w_s \text{ as in `disagreement`}
+
+    The published score is the entropy, low for strange rows; this one is its distance from the largest entropy, and
+    the information that the row, once seen, gains about the weights.
+
+    Args:
+        draws: Draws of the predictive at x, S > 1.
+        temperature: As for `disagreement`.
+
+    Returns:
+        (B,), nats, from 0 to log S; at most `disagreement`, whose Renyi order is 2 where this one's is 1.
+
+    Raises:
+        UnsupportedError: If there is one draw only.
+        DataError: If the temperature is not positive.
+
+    Exact when: always, as a function of the draws.
+
+    References:
+        | Do Bayesian Variational Autoencoders Know What They Don't Know? (Glazunov, Zarras, 2022)
+    """
+    log_weights = _log_weights(draws, temperature)
+    score = math.log(len(log_weights)) - torch.special.entr(log_weights.exp()).sum(0)
+    return score.to(draws.log_likelihood.dtype)
+
+
+def log_density_deviation(draws: Draws) -> Tensor:
+    r"""Standard deviation of log p(x | theta_s) over weight draws.
+
+    Args:
+        draws: Draws of the predictive at x, S > 1.
+
+    Returns:
+        (B,), nats; divisor S, as all moments of draws here.
+
+    Raises:
+        UnsupportedError: If there is one draw only.
+
+    Exact when: the draws are the whole posterior.
+    Biased when: log p(x | theta) is estimated with few codes: their noise counts as the weights', but for what
+        common random numbers take out (`Predictive` draws codes with the same noise for all weights).
+
+    References:
+        | Do Bayesian Variational Autoencoders Know What They Don't Know? (Glazunov, Zarras, 2022)
+    """
+    return _several(draws).std(0, correction=0)
+
+
+def typicality(scores: Tensor, familiar: Tensor, *, batch_size: int = 1) -> Tensor:
+    r"""How far the mean score of a batch is from that of familiar rows: strange is what is *too likely*, too.
+
+    .. math:: \Big| \frac1M \sum_{m=1}^M s(x_m) - \frac1N \sum_{n=1}^N s(x_n') \Big|
+
+    With s of minus the log-density the second mean estimates the entropy: Nalisnick's test. Any score will do.
+
+    Args:
+        scores: Scores of the rows, (B,); a mean over batches of one gives each row its own.
+        familiar: Scores of held-out familiar rows, (N,), not of test rows; of training rows it is low by what the
+            network has learnt by heart.
+        batch_size: M, rows that are judged together, in the order in which they come.
+
+    Returns:
+        (B / M,), in the scores' unit.
+
+    Exact when: always, as a function of the scores.
+    Biased when: N is small: the standard error of the second mean is that of N scores.
+
+    Raises:
+        DataError: If there are no familiar scores, or B is no multiple of M.
+        NonFiniteError: If a score is not finite.
+        ShapeError: If scores are no vectors.
+
+    References:
+        | Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick, Matsukawa, Teh,
+          Lakshminarayanan, 2019)
+    """
+    if scores.dim() != 1 or familiar.dim() != 1:
+        got = f"{tuple(scores.shape)} and {tuple(familiar.shape)}"
+        raise ShapeError("scores (B,) and (N,)", got, "One score a row.")
+    if len(familiar) == 0 or batch_size < 1 or len(scores) % batch_size:
+        raise DataError(
+            "familiar scores, and rows in whole batches",
+            f"{len(familiar)} familiar scores, {len(scores)} rows in batches of {batch_size}",
+            "Leave the last rows out, or choose another batch size.",
+        )
+    for values in (scores, familiar):
+        if not bool(values.isfinite().all()):
+            raise NonFiniteError("finite scores", f"{int((~values.isfinite()).sum())} that are not", "Find the rows.")
+    # float64: a sum of thousands of scores of hundreds of nats
+    centre = familiar.double().mean()
+    return (scores.double().reshape(-1, batch_size).mean(1) - centre).abs().to(scores.dtype)
+
+
+def share_saturated(draws: Draws, *, temperature: float = 1.0, level: float = 0.99) -> float:
+    """Share of rows that one weight draw explains alone, so that weights' scores cannot tell them apart.
+
+    Args:
+        draws: Draws of the predictive at x, S > 1.
+        temperature: As for `disagreement`.
+        level: Normalised likelihood of one draw from which it is alone.
+
+    Returns:
+        In [0, 1]. Of saturated rows `disagreement` and `weight_entropy` are log S, whatever the rows are.
+
+    Raises:
+        UnsupportedError: If there is one draw only.
+        DataError: If the temperature is not positive.
+
+    Exact when: always, as a function of the draws.
+    """
+    return float((_log_weights(draws, temperature).amax(0) >= math.log(level)).double().mean())
+
+
+def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: float = 1.0) -> dict[str, Tensor]:
+    """Every score of the log-densities at once, from one pass of the predictive.
+
+    Args:
+        draws: Draws of the predictive at x.
+        familiar: `negative_log_predictive` of held-out familiar rows, (N,), under as many draws: adds "typicality".
+        temperature: Of `disagreement` and `weight_entropy`.
+
+    Returns:
+        Scores (B,) by the names of their functions. Those that need several weight draws are left out of one.
+
+    Exact when: as each of them.
+    """
+    found = {
+        "negative_log_predictive": negative_log_predictive(draws),
+        "negative_expected_log_density": negative_expected_log_density(draws),
+        "waic": waic(draws),
+    }
+    if familiar is not None:
+        found["typicality"] = typicality(found["negative_log_predictive"], familiar)
+    if draws.log_likelihood.shape[1] > 1:
+        found["log_density_deviation"] = log_density_deviation(draws)
+        found["disagreement"] = disagreement(draws, temperature=temperature)
+        found["weight_entropy"] = weight_entropy(draws, temperature=temperature)
+    return found
+
+
+def _several(draws: Draws) -> Tensor:
+    """Log-densities (S, B) of more than one weight draw."""
+    values = draws.log_density()
+    if len(values) < 2:
+        raise UnsupportedError("at least two weight draws", "one", "One network cannot disagree with itself.")
+    return values
+
+
+def _log_weights(draws: Draws, temperature: float) -> Tensor:
+    """Log of the normalised likelihoods (S, B)."""
+    if not temperature > 0:
+        raise DataError("a positive temperature", f"{temperature}", "1 is the published score.")
+    # not exp first: densities of hundreds of outputs differ by hundreds of nats
+    return torch.log_softmax(_several(draws).double() / temperature, 0)

@@ -1,0 +1,109 @@
+"""Scores of the code: closed forms, invariance, a fitted density against the true one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import ood
+
+F64 = {"dtype": torch.float64}
+
+
+def draws(latents):
+    values = torch.zeros(latents.shape[:3], **F64)
+    return bae.Draws(latents, values, values, None, bae.likelihoods.Gaussian(1.0))
+
+
+def test_covariance_against_numpy():
+    import numpy as np
+
+    torch.manual_seed(0)
+    latents = torch.randn(3, 4, 5, 2, **F64)
+    found = ood.code_covariance(draws(latents))
+    for b in range(5):
+        assert_close(found[b].numpy(), np.cov(latents[:, :, b].reshape(12, 2).numpy().T, bias=True))
+    assert_close(ood.code_variance(draws(latents)), found.diagonal(dim1=1, dim2=2).sum(1))
+
+
+def test_volume_is_the_entropy_of_a_normal_and_ranks_alike_under_linear_maps():
+    torch.manual_seed(1)
+    latents, matrix = torch.randn(3, 4, 5, 2, **F64), torch.randn(2, 2, **F64)
+    covariance = ood.code_covariance(draws(latents))
+    entropy = torch.distributions.MultivariateNormal(torch.zeros(5, 2, **F64), covariance).entropy()
+    volume = ood.code_volume(draws(latents))
+    assert_close(volume, entropy)
+    moved = ood.code_volume(draws(latents @ matrix))
+    assert_close(moved - volume, torch.linalg.slogdet(matrix).logabsdet.expand(5))
+
+
+def test_draws_that_are_too_few():
+    with pytest.raises(bae.errors.UnsupportedError, match="two draws of the code"):
+        ood.code_variance(draws(torch.zeros(1, 1, 2, 2, **F64)))
+    with pytest.raises(bae.errors.UnsupportedError, match="more than 3 draws"):
+        ood.code_volume(draws(torch.randn(1, 3, 2, 3, **F64)))
+    with pytest.raises(bae.errors.NonFiniteError, match="never move"):
+        ood.code_volume(draws(torch.zeros(1, 5, 2, 3, **F64)))
+
+
+class TestMahalanobis:
+    def test_is_half_the_whitened_distance(self):
+        torch.manual_seed(0)
+        codes, new = torch.randn(200, 3, **F64) @ torch.randn(3, 3, **F64), torch.randn(7, 3, **F64)
+        precision = torch.linalg.inv(codes.T.cov())
+        difference = new - codes.mean(0)
+        expected = 0.5 * torch.einsum("bi,ij,bj->b", difference, precision, difference)
+        score = ood.Mahalanobis.fit(codes)
+        assert_close(score(new), expected)
+        assert_close(score(new.expand(2, 4, 7, 3)), expected)
+
+    def test_takes_the_nearest_class(self):
+        torch.manual_seed(0)
+        labels = torch.arange(200) % 2
+        codes = torch.randn(200, 2, **F64) + 20 * labels[:, None]
+        score = ood.Mahalanobis.fit(codes, labels)
+        centres = torch.stack([codes[labels == c].mean(0) for c in (0, 1)])
+        assert_close(score(centres), torch.zeros(2, **F64))
+        assert float(score(centres.mean(0, keepdim=True))) > 20
+
+    @pytest.mark.parametrize(
+        ("codes", "labels", "match"),
+        [
+            (torch.ones(5, 2), None, "span all 2 dimensions"),
+            (torch.randn(9, 2), torch.zeros(3), "9 labels"),
+            (torch.full((5, 2), math.nan), None, "diverge"),
+            (torch.randn(1, 1, 5, 2), None, "mean over draws"),
+        ],
+    )
+    def test_bad_input(self, codes, labels, match):
+        with pytest.raises(bae.errors.BayesAEError, match=match):
+            ood.Mahalanobis.fit(codes, labels)
+
+    def test_codes_of_another_network(self):
+        with pytest.raises(bae.errors.ShapeError, match="the same network"):
+            ood.Mahalanobis.fit(torch.randn(9, 2))(torch.randn(3, 4))
+
+
+class TestCodeFlow:
+    def test_finds_the_density_of_a_normal(self):
+        generator = torch.Generator().manual_seed(0)
+        codes = 3 + 2 * torch.randn(1000, 1, generator=generator)
+        before = torch.get_rng_state()
+        score = ood.CodeFlow.fit(codes, hidden=(16,), n_transforms=1, epochs=40, learning_rate=5e-2, seed=0)
+        assert torch.equal(before, torch.get_rng_state())
+        new = torch.linspace(-1, 7, 9)[:, None]
+        expected = -torch.distributions.Normal(3.0, 2.0).log_prob(new)[:, 0]
+        assert float((score(new) - expected).abs().max()) < 0.1
+        assert_close(score(new.expand(2, 3, 9, 1)), score(new))
+        again = ood.CodeFlow.fit(codes, hidden=(16,), n_transforms=1, epochs=40, learning_rate=5e-2, seed=0)
+        assert torch.equal(again(new), score(new))
+
+    def test_too_few_codes_or_a_dead_dimension(self):
+        with pytest.raises(bae.errors.DataError, match="all dimensions moving"):
+            ood.CodeFlow.fit(torch.randn(5, 2))
+        with pytest.raises(bae.errors.DataError, match="all dimensions moving"):
+            ood.CodeFlow.fit(torch.ones(50, 2))

@@ -1,0 +1,122 @@
+"""What likelihoods are compared with: closed forms and a grid."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import likelihoods, ood
+
+F64 = {"dtype": torch.float64}
+COUNTS = torch.tensor([[0.0, 1.0, 7.0, 40.0]], **F64)
+
+
+class TestAttainable:
+    @pytest.mark.parametrize(
+        ("likelihood", "x"),
+        [
+            (likelihoods.Gaussian(0.3), torch.tensor([[0.0, 0.4, 2.0]], **F64)),
+            (likelihoods.StudentT(4.0, 0.3), torch.tensor([[0.0, 0.4, 2.0]], **F64)),
+            (likelihoods.Bernoulli(), torch.tensor([[0.0, 0.25, 0.5, 1.0]], **F64)),
+            (likelihoods.Poisson(), COUNTS),
+            (likelihoods.NegativeBinomial(3.0), COUNTS),
+        ],
+        ids=lambda v: type(v).__name__,
+    )
+    def test_is_the_maximum_over_a_grid(self, likelihood, x):
+        grid = torch.linspace(-40, 40, 160_001, **F64)[:, None, None].expand(-1, *x.shape)
+        best = likelihood.log_density(grid, x).amax(0)
+        found = likelihood.attainable(x)
+        assert float((best - found).max()) < 1e-12, "nothing is above it"
+        assert_close(found, best, rtol=0, atol=1e-6)
+        assert_close(ood.attainable(likelihood, x), found.sum(1))
+
+    def test_of_classes_and_of_tables(self):
+        assert_close(ood.attainable(likelihoods.Categorical(3), torch.tensor([[0.0, 2.0]])), torch.zeros(1))
+        table = likelihoods.Mixed([likelihoods.Bernoulli(), likelihoods.Gaussian(0.5)])
+        x = torch.tensor([[0.5, 3.0]], **F64)
+        expected = -math.log(2) + float(likelihoods.Gaussian(0.5).attainable(torch.zeros(1, 1, **F64)))
+        assert float(ood.attainable(table, x)) == pytest.approx(expected)
+
+    def test_takes_the_grey_levels_out_of_a_bernoulli_score(self):
+        """A network that knows every pixel has a score of 0 whatever the image."""
+        x = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.3, 0.6]], **F64)
+        logits = torch.logit(x.clamp(1e-12, 1 - 1e-12))
+        score = -likelihoods.Bernoulli().log_prob(logits, x)
+        assert float(score[1]) > 1.5
+        assert_close(score + ood.attainable(likelihoods.Bernoulli(), x), torch.zeros(2, **F64), rtol=0, atol=1e-9)
+
+    def test_masks_and_images(self):
+        x = torch.tensor([[[[0.5, math.nan]]]])
+        found = ood.attainable(likelihoods.Bernoulli(), x, torch.tensor([[[[True, False]]]]))
+        assert_close(found, torch.tensor([-math.log(2)]))
+
+    def test_refusals(self):
+        for likelihood in (likelihoods.ContinuousBernoulli(), likelihoods.HeteroscedasticGaussian()):
+            with pytest.raises(bae.errors.UnsupportedError, match="grow without bound"):
+                ood.attainable(likelihood, torch.rand(2, 3))
+        with pytest.raises(bae.errors.DataError, match="Bernoulli data"):
+            ood.attainable(likelihoods.Bernoulli(), torch.full((1, 2), 3.0))
+
+
+def vae():
+    torch.manual_seed(0)
+    encoder, decoder = bae.nets.mlp(5, [6], (2, 2)), torch.nn.Linear(2, 5)
+    model = bae.Autoencoder(encoder, decoder, likelihoods.Gaussian(0.5)).double().eval()
+    return model, bae.fit_weights(bae.weights.MAP(), model, torch.randn(3, 5, **F64))
+
+
+def test_regret_is_the_amortisation_gap_of_a_linear_decoder():
+    """There `codes.Laplace` is the exact posterior, whose bound is log p(x)."""
+    model, weights = vae()
+    x = torch.randn(4, 5, **F64)
+    first = bae.Predictive(model, weights, bae.codes.amortised)(x, n_latent_draws=2000, seed=0)
+    exact = bae.Predictive(model, weights, bae.codes.Laplace())(x, n_latent_draws=2000, seed=0)
+    regret = ood.likelihood_regret(first, exact)
+    law = bae.codes.amortised.law(model.at({n: v[None] for n, v in weights.mean.items()}), bae.Batch(x))
+    w, noise = model.decoder.weight.detach(), 0.25
+    precision = torch.eye(2, **F64) + w.T @ w / noise
+    mean = torch.linalg.solve(precision, w.T @ (x - model.decoder.bias.detach()).T / noise).T
+    posterior = torch.distributions.MultivariateNormal(mean, precision_matrix=precision)
+    q = torch.distributions.MultivariateNormal(law.loc[0], torch.diag_embed((2 * law.log_scale[0]).exp()))
+    assert_close(regret, torch.distributions.kl_divergence(q, posterior), rtol=0.05, atol=0.05)
+    assert_close(ood.likelihood_regret(first, first), torch.zeros(4, **F64))
+    with pytest.raises(bae.errors.ShapeError, match="one seed"):
+        ood.likelihood_regret(first, bae.Predictive(model, weights, bae.codes.amortised)(x[:2], seed=0))
+
+
+def test_ratio_to_itself_is_nothing_and_else_the_difference():
+    model, weights = vae()
+    x = torch.randn(4, 5, **F64)
+    d = bae.Predictive(model, weights, bae.codes.amortised)(x, n_latent_draws=3, seed=0)
+    assert_close(ood.likelihood_ratio(d, d), torch.zeros(4, **F64))
+    other = bae.Draws(d.latents, d.log_likelihood - 2, d.log_prior, d.log_q, d.likelihood)
+    assert_close(ood.likelihood_ratio(d, other), torch.full((4,), -2.0, **F64))
+    with pytest.raises(bae.errors.ShapeError, match="one x"):
+        ood.likelihood_ratio(d, bae.Predictive(model, weights, bae.codes.amortised)(x[:2], seed=0))
+
+
+class TestComplexity:
+    def test_noise_needs_its_bytes_and_a_constant_next_to_none(self):
+        x = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        x[0] = 0.5
+        x[1] = torch.linspace(0, 1, 28)
+        found = ood.input_complexity(x)
+        assert float(found[0]) < float(found[1]) < float(found[2])
+        entropy = 784 * 8 * math.log(2)
+        assert entropy < float(found[2]) < 1.1 * entropy
+
+    def test_nothing_is_lost_and_nothing_touched(self):
+        x = torch.rand(2, 5)
+        before = x.clone()
+        assert torch.equal(ood.input_complexity(x), ood.input_complexity(x.numpy()))
+        assert torch.equal(x, before)
+
+    def test_bad_input(self):
+        for x, n in ((torch.full((1, 3), math.nan), 256), (torch.zeros(0, 3), 256), (torch.rand(1, 3), 1000)):
+            with pytest.raises(bae.errors.DataError, match="finite rows"):
+                ood.input_complexity(x, n_levels=n)
