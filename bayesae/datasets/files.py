@@ -12,7 +12,21 @@ from pathlib import Path
 
 from bayesae.errors import DataError
 
-__all__ = ["find"]
+__all__ = ["find", "look"]
+
+
+def look(places: Sequence[str]) -> Path | None:
+    """The path of a file that is here: under ``$BAYESAE_DATA``, or in the cache folder.
+
+    Args:
+        places: Paths below a data root where it may lie.
+
+    Returns:
+        The first there is, or None.
+    """
+    roots = [Path(root) for root in (os.environ.get("BAYESAE_DATA"), _cache()) if root]
+    found = (root / place for root in roots for place in places if (root / place).exists())
+    return next(found, None)
 
 
 def find(url: str, md5: str, places: Sequence[str]) -> Path:
@@ -32,13 +46,11 @@ def find(url: str, md5: str, places: Sequence[str]) -> Path:
     Raises:
         DataError: If the file is nowhere and cannot be downloaded, or the download is damaged.
     """
-    cache = Path(os.environ.get("BAYESAE_CACHE", Path.home() / ".cache" / "bayesae"))
-    roots = [Path(root) for root in (os.environ.get("BAYESAE_DATA"), cache) if root]
-    for root in roots:
-        for place in places:
-            if (root / place).exists():
-                return root / place
-    return _download(url, md5, places[0], cache / places[0])
+    return look(places) or _download(url, md5, places[0], _cache() / places[0])
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("BAYESAE_CACHE", Path.home() / ".cache" / "bayesae"))
 
 
 def _download(url: str, md5: str, place: str, path: Path) -> Path:

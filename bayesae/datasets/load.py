@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesae.datasets.adbench import TABLES, split_rows
 from bayesae.datasets.idx import IdxSource
+from bayesae.datasets.omniglot import read_omniglot
 from bayesae.errors import DataError
 
 __all__ = ["NAMES", "load"]
@@ -49,7 +50,7 @@ _IDX = {
         },
     ),
 }
-NAMES = ("digits", *_IDX, *TABLES)
+NAMES = ("digits", *_IDX, "omniglot", *TABLES)
 """Names that `load` knows."""
 
 
@@ -77,8 +78,11 @@ def load(
     """Load a data set by name: images as float32 in [0, 1], tables as float64 in their own units.
 
     ``digits`` comes with scikit-learn: 1,797 images of 8 x 8, of which a fixed random fifth (359) is the test
-    split. The others are 60,000 + 10,000 images of 28 x 28, read from gzip'd idx files under ``$BAYESAE_DATA`` as
-    they are, or downloaded once to a cache folder.
+    split. The MNIST family is 60,000 + 10,000 images of 28 x 28, read from gzip'd idx files under ``$BAYESAE_DATA`` as
+    they are, or downloaded once to a cache folder. ``omniglot`` is eight alphabets of handwritten characters (the small
+    background sets), 28 x 28 by averages over areas, bright ink: 3,872 images of drawers 1 to 16, and 968 of the others
+    as the test split; labels are characters (0 to 241). It is not the 28 x 28 version of the importance-weighted
+    autoencoder papers: likelihoods do not compare with theirs.
 
     The tables ``adbench/...`` have labelled anomalies and no official split: a random half of the normal rows is
     the training split (labels all 0), and the other half with all anomalies (label 1) is the test split. Rows with
@@ -116,6 +120,9 @@ def load(
         raise DataError("no seed for images", f"seed={seed} for {name!r}", "Their split is fixed; leave it out.")
     if name == "digits":
         images, targets = _digits(split)
+    elif name == "omniglot":
+        values, characters = read_omniglot(split)
+        images, targets = torch.from_numpy(values).float().div_(255), torch.from_numpy(characters)
     else:
         images = torch.from_numpy(_IDX[name].read(split, "images").copy()).float().div_(255)
         targets = torch.from_numpy(_IDX[name].read(split, "labels").astype(np.int64)) if labels else None
