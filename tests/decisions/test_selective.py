@@ -67,6 +67,29 @@ def test_threshold_is_the_largest_whose_clopper_pearson_bound_holds():
     assert (found.coverage, found.threshold, found.risk) == pytest.approx(max(safe))
 
 
+def hoeffding_bentkus(mean, n, level):
+    """By bisection: the risk at which the smaller of the two tails is ``level``."""
+    low, high = mean, 1 - 1e-12
+    for _ in range(60):
+        risk = (low + high) / 2
+        divergence = (1 - mean) * math.log((1 - mean) / (1 - risk)) + (mean * math.log(mean / risk) if mean else 0)
+        tail = min(math.exp(-n * divergence), math.e * stats.binom.cdf(math.ceil(n * mean - 1e-9), n, risk))
+        low, high = (risk, high) if tail > level else (low, risk)
+    return high
+
+
+@pytest.mark.parametrize("risk", [0.1, 0.15, 0.2, 0.3])
+def test_shares_keep_the_bound_of_hoeffding_and_bentkus(risk):
+    scores = uniform(500, 0)
+    errors = uniform(500, 1) * scores**2
+    found = bae.decisions.selective_threshold(errors, scores, risk=risk, confidence=0.9, n_thresholds=40)
+    smallest = math.ceil(math.log(0.1 / 40) / math.log(1 - risk))
+    order = scores.argsort()
+    counts = [round(smallest + (500 - smallest) * j / 39) for j in range(40)]
+    safe = [k for k in counts if hoeffding_bentkus(float(errors[order[:k]].mean()), k, 0.1 / 40) <= risk]
+    assert found.coverage == pytest.approx(max(safe) / 500)
+
+
 def test_all_rows_are_answered_where_nothing_is_wrong():
     found = bae.decisions.selective_threshold(torch.zeros(200, dtype=torch.bool), uniform(200, 0), risk=0.05)
     assert found == (math.inf, 1.0, 0.0)
