@@ -124,7 +124,8 @@ class Laplace:
             entry), structure or groups are unknown, it would not fit into memory, the subset cuts a layer that a
             Kronecker structure keeps whole, or such a layer is to have several precisions.
         NotFittedError: If no row was seen, or a structure of several passes has not seen all of them.
-        DataError: If a pass of a structure of several does not end with a batch.
+        DataError: If a structure of several passes gets another ``n_data`` than a pass has rows, or a pass of it does
+            not end with a batch.
 
     References:
         | A Practical Bayesian Framework for Backpropagation Networks (MacKay, 1992)
@@ -180,6 +181,10 @@ class Laplace:
             raise UnsupportedError(
                 "a deterministic code, so that x gives the outputs", "a stochastic one", "Use codes=codes.encode."
             )
+        if self.epochs > 1 and joint.rows_of_pass != joint.n_data:
+            got = f"n_data = {joint.n_data} for {joint.rows_of_pass} rows"
+            fix = "Structures of one pass, such as 'kronecker', scale their sums to any n_data."
+            raise DataError(f"n_data rows in each of the {self.epochs} passes of {self.structure!r}", got, fix)
         subset = self.subset if isinstance(self.subset, Subset) else Subset.of(joint.network, self.subset)
         subset.check(params)
         linearisation = Linearisation(joint.network, params)

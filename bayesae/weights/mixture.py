@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bayesae.errors import NotFittedError, UnsupportedError
+from bayesae import random
+from bayesae.errors import DataError, DivergedError, NotFittedError, UnsupportedError
 from bayesae.families import Mixture
 from bayesae.joint import LogJoint
-from bayesae.types import Batch, Params
+from bayesae.types import Batch, Params, WeightPosterior
 from bayesae.weights.base import Info, WeightInference, info_of
 
 __all__ = ["MixtureOf", "MixtureState"]
@@ -55,7 +56,8 @@ class MixtureOf:
     Raises:
         UnsupportedError: If ``base`` leaves a continuous posterior.
         NotFittedError: If ``base`` has not had all of its passes.
-        BayesAEError: As either method does.
+        DivergedError: As ``base`` does; or from ``each``, with the mixture of what members have by then.
+        BayesAEError: As either method does; what ``each`` does at its start it does before ``base`` starts.
 
     References:
         | Bayesian Deep Learning and a Probabilistic Perspective of Generalization (Wilson, Izmailov, 2020): multi-SWAG
@@ -72,7 +74,9 @@ class MixtureOf:
         return self.base.epochs + self.each.epochs
 
     def init(self, params: Params, joint: LogJoint) -> MixtureState:
-        """The first method's start."""
+        """The first method's start; the second one's is tried too, to learn now what it refuses."""
+        with random.scope(0, next(iter(params.values())).device):  # the first draws as it does on its own
+            self._begin(params, joint)
         return MixtureState(self.base.init(params, joint), (), (), 0)
 
     def update(self, state: MixtureState, batch: Batch, joint: LogJoint) -> tuple[MixtureState, Info]:
@@ -82,7 +86,7 @@ class MixtureOf:
         if state.base is not None:
             base, info = self.base.update(state.base, batch, joint)
             return replace(state, base=base, n_seen=n_seen), info
-        updated = [self.each.update(one, batch, joint) for one in state.each]
+        updated = self._updated(state.each, batch, joint)
         info = Info(sum(info.log_joint for _, info in updated) / len(updated))
         return replace(state, each=[one for one, _ in updated], n_seen=n_seen), info
 
@@ -113,6 +117,28 @@ class MixtureOf:
         pairs = zip(packed["each"], starts, strict=True)
         return MixtureState(base, starts, [self.each.unpack(own, one, joint) for own, one in pairs], packed["n_seen"])
 
+    def _updated(self, each: Sequence[Any], batch: Batch, joint: LogJoint) -> list[tuple[Any, Info]]:
+        """One update of the second method for every member; if one diverges, all keep what they have."""
+        updated = []
+        for place, one in enumerate(each):
+            try:
+                updated.append(self.each.update(one, batch, joint))
+            except DivergedError as error:
+                kept = [self._found(new, joint) for new, _ in updated] + [error.posterior]
+                kept += [self._found(old, joint) for old in each[place + 1 :]]
+                parts = [posterior for posterior in kept if isinstance(posterior, WeightPosterior)]
+                got = f"{error.got}, in member {place} of {len(each)}, of which {len(parts)} leave a posterior"
+                posterior = Mixture(parts, info_of(joint)) if parts else None
+                raise DivergedError(error.expected, got, error.fix, posterior) from error
+        return updated
+
+    def _found(self, state: Any, joint: LogJoint) -> WeightPosterior | None:  # noqa: ANN401
+        """What one member has come to; None if that is nothing yet."""
+        try:
+            return self.each.posterior(state, joint)
+        except (NotFittedError, DataError):
+            return None
+
     def _at_phase(self, state: MixtureState, joint: LogJoint) -> MixtureState:
         """The state that the next row belongs to."""
         if state.base is None or state.n_seen < self.base.epochs * joint.rows_of_pass:
@@ -123,6 +149,8 @@ class MixtureOf:
             raise UnsupportedError(expected, type(found).__name__, "Ensemble(), say; the second may be any.")
         atoms = found.sample(found.n_atoms)
         starts = [{name: leaf[place].clone() for name, leaf in atoms.items()} for place in range(found.n_atoms)]
-        # states may keep and change what they are given
-        each = [self.each.init({name: leaf.clone() for name, leaf in one.items()}, joint) for one in starts]
-        return replace(state, base=None, starts=starts, each=each)
+        return replace(state, base=None, starts=starts, each=[self._begin(one, joint) for one in starts])
+
+    def _begin(self, params: Params, joint: LogJoint) -> Any:  # noqa: ANN401 - each method has a state of its own
+        """The second method's start at a network; states may keep and change what they are given."""
+        return self.each.init({name: leaf.clone() for name, leaf in params.items()}, joint)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +12,11 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import random, testing
-from bayesae.errors import NotFittedError, ParameterError, UnsupportedError
+from bayesae.errors import DataError, DivergedError, NotFittedError, ParameterError, UnsupportedError
 from bayesae.families import DiagonalNormal, Mixture, Particles
 from bayesae.functional import parameters_of
 from bayesae.testing import ConjugateRegression
-from bayesae.weights import MAP, SWAG, Ensemble, Laplace, LowRank, MixtureOf
+from bayesae.weights import MAP, SWAG, Ensemble, Laplace, LowRank, MeanField, MixtureOf
 from tests.conftest import small_model
 
 F64 = {"dtype": torch.float64}
@@ -192,6 +194,79 @@ def test_components_of_an_autoencoder_lie_around_their_members(rows):
         assert all(torch.equal(one.mean[name], leaf[m]) for name, leaf in members.atoms.items())
         assert float(one.var.min()) > 0
     assert mixture.is_linearised and mixture.n_atoms is None
+
+
+class Unmoved:
+    """A first method that must not be stepped."""
+
+    epochs = 1
+
+    def init(self, params, joint):
+        return None
+
+    def update(self, state, batch, joint):
+        raise AssertionError("stepped")
+
+
+@pytest.mark.parametrize("n_data", [5, 90])
+def test_what_the_second_method_refuses_is_said_before_the_first(model, rows, n_data):
+    for each, error, match in (
+        (
+            Laplace("low_rank"),
+            DataError,
+            f"n_data rows in each of the 2 passes of 'low_rank'; got n_data = {n_data} for 9",
+        ),
+        (SWAG(subset=["nowhere.**"]), ParameterError, "nowhere"),
+    ):
+        with pytest.raises(error, match=match):
+            bae.fit_weights(MixtureOf(Unmoved(), each), model, rows, n_data=n_data, seed=0)
+    method = MixtureOf(MAP(), Laplace("kronecker"))
+    assert bae.fit_weights(method, model, rows, n_data=n_data).components[0].info["n_data"] == n_data
+
+
+def test_trying_the_second_method_moves_no_generator(model, rows):
+    """The members are those of the ensemble on its own; a sampler's start would take numbers of theirs."""
+    base = Ensemble(2, epochs=1)
+    for each in (MeanField(epochs=1), Ensemble(2, epochs=1)):
+        method = MixtureOf(base, each)
+        with random.scope(5):
+            found = method.init(parameters_of(model.network), bae.log_joint(model, len(rows))).base
+        with random.scope(5):
+            expected = base.init(parameters_of(model.network), bae.log_joint(model, len(rows)))
+        assert torch.equal(found.theta, expected.theta)
+
+
+class TestDivergence:
+    @staticmethod
+    def diverging(each, n_before, world, place=1):
+        """Three members after some steps of the second method, one of which is then sent away; and the error."""
+        method = MixtureOf(Ensemble(3, epochs=1), each)
+        with random.scope(0):
+            state = method.init(dict(world.mean), world.joint)
+            for _ in range(1 + n_before):
+                state, _ = method.update(state, world.batch, world.joint)
+            lost = replace(state.each[place], theta=state.each[place].theta * math.nan)
+            state = replace(state, each=[lost if i == place else one for i, one in enumerate(state.each)])
+            with pytest.raises(DivergedError, match=f"in member {place} of 3") as caught:
+                method.update(state, world.batch, world.joint)
+            others = [each.update(one, world.batch, world.joint)[0] for one in state.each[:place]]
+            others += list(state.each[place + 1 :])
+        return caught.value, others
+
+    def test_of_one_member_keeps_what_all_have(self):
+        world, each = ConjugateRegression.make(), SWAG(rank=0, epochs=6, burn_in=0.0)
+        error, others = self.diverging(each, 4, world)
+        kept = pickle.loads(pickle.dumps(error)).posterior
+        assert "of which 3 leave a posterior" in str(error) and error.fix.startswith("Lower learning_rate")
+        assert [one.info["n_collected"] for one in kept.components] == [5, 4, 4]  # the first had taken the step
+        for one, state in zip([kept.components[0], kept.components[2]], others, strict=True):
+            assert all(torch.equal(leaf, each.posterior(state, world.joint).mean[k]) for k, leaf in one.mean.items())
+
+    def test_before_anything_is_collected_leaves_nothing(self):
+        error, _ = self.diverging(SWAG(rank=0, epochs=6, burn_in=0.0), 1, ConjugateRegression.make(), place=2)
+        assert error.posterior.info["n_data"] and len(error.posterior.components) == 2
+        error, _ = self.diverging(SWAG(rank=0, epochs=6, burn_in=0.0), 1, ConjugateRegression.make(), place=0)
+        assert "of which 0 leave a posterior" in str(error) and error.posterior is None
 
 
 def test_what_cannot_be_is_refused(model, rows):
