@@ -4,6 +4,7 @@ from bayesae.metrics.binary import BinaryCalibration, brier_score, ece
 from bayesae.metrics.chains import ess, split_rhat
 from bayesae.metrics.detection import Interval, aupr, auroc, bootstrap_interval, fpr_at_tpr
 from bayesae.metrics.intervals import DeviationBins, IntervalCoverage, deviation_edges, ence, interval_coverage
+from bayesae.metrics.matched import matched_auroc
 from bayesae.metrics.pit import Atoms, QuantileCalibration, pit, quantile_calibration
 from bayesae.metrics.pixels import per_region_overlap, pixel_aupr, pixel_auroc, pixel_auroc_interval
 from bayesae.metrics.predictions import gaussian_crps, gaussian_nll, sharpness
@@ -35,6 +36,7 @@ __all__ = [
     "gaussian_crps",
     "gaussian_nll",
     "interval_coverage",
+    "matched_auroc",
     "per_region_overlap",
     "pit",
     "pixel_aupr",
