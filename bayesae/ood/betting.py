@@ -130,7 +130,7 @@ class PowerMixture:
 def _log_mixture(n: Tensor, surprise: Tensor) -> Tensor:
     r"""Log of :math:`e^L \gamma(n + 1, L) / L^{n + 1}`, stable far below n too, where gamma underflows."""
     a = n + 1
-    is_below = surprise < a - 4.5 * a.sqrt()  # nearer, and above, gammainc is accurate for every a
+    is_below = surprise < (a - 4.5 * a.sqrt()).clamp(min=1)  # nearer, and above, gammainc is accurate for every a
     large = torch.where(is_below, a, surprise)
     above = large - a * large.log() + torch.lgamma(a) + torch.special.gammainc(a, large).log()
     # below: sum_k L^k / (a (a + 1) ... (a + k)), whose terms fall from the first on

@@ -1,0 +1,364 @@
+"""Bets, conformal test martingales over streams, and batch typicality."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae.ood import DriftMonitor, PowerMixture, SimpleJumper, TypicalityMonitor
+
+F64 = {"dtype": torch.float64}
+BETS = [SimpleJumper(), SimpleJumper(jump=0.2), PowerMixture()]
+STATISTICS = ["martingale", "cusum", "shiryaev-roberts"]
+
+
+def uniform(*shape):
+    return 1 - torch.rand(*shape, **F64)
+
+
+# bets
+
+
+@pytest.mark.parametrize("bet", BETS, ids=str)
+@pytest.mark.parametrize("n_before", [0, 1, 30])
+def test_a_bet_is_fair_whatever_came_before(bet, n_before):
+    """The factor has integral 1 over the next p: by quadrature in -log p up to 40, in closed form beyond."""
+    past = uniform(n_before) ** 2
+    state = bet.update(bet.init(), past)[0] if n_before else bet.init()
+
+    def integrand(surprise):
+        p = torch.tensor([math.exp(-surprise)], **F64)
+        return float(bet.update(state, p)[1].exp() * p)
+
+    tail = 0.0  # a bounded factor has none; a mixture's is integral e^L (n + 1)! / L^(n + 2), over the capital before
+    if isinstance(bet, PowerMixture):
+        surprise = -float(past.log().sum())
+        log_capital = float(DriftMonitor(bet=bet).log_statistics(past)[-1]) if n_before else 0.0
+        log_tail = surprise + math.lgamma(n_before + 1) - (n_before + 1) * math.log(surprise + 40) - log_capital
+        tail = math.exp(log_tail)
+    assert integrate.quad(integrand, 0, 40, limit=200)[0] + tail == pytest.approx(1, abs=1e-7)
+
+
+def test_the_jumper_is_the_papers_recursion():
+    p, capital, jump = uniform(50).tolist(), [1 / 3] * 3, 0.01
+    expected = []
+    for value in p:
+        total = sum(capital)
+        capital = [
+            ((1 - jump) * c + jump / 3 * total) * (1 + e * (value - 0.5))
+            for c, e in zip(capital, (-1, 0, 1), strict=True)
+        ]
+        expected.append(math.log(sum(capital)))
+    assert_close(DriftMonitor().log_statistics(torch.tensor(p, **F64)), torch.tensor(expected, **F64))
+
+
+@pytest.mark.parametrize("power", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("n", [1, 7, 60])
+def test_the_mixture_is_the_integral_over_powers(n, power):
+    """Few small p-values (powers below 1: L below n) and many (above)."""
+    p = uniform(n) ** power
+    surprise = -float(p.log().sum())
+    grid = (np.arange(200_000) + 0.5) / 200_000
+    expected = np.log(np.exp(n * np.log(grid) + surprise * (1 - grid)).mean())
+    found = DriftMonitor(bet=PowerMixture()).log_statistics(p)[-1]
+    assert float(found) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_mixture_is_smooth_where_its_formula_changes():
+    """Across the switch between series and incomplete gamma function, and at n where the latter underflows."""
+    for n in (100, 10_000):
+        switch = n + 1 - 4.5 * math.sqrt(n + 1)
+        states = torch.tensor([[float(n), switch * (1 + step * 1e-6)] for step in range(-3, 4)], **F64)
+        _, factors = PowerMixture().update(states, torch.full((7, 1), 0.5, **F64))
+        steps = factors[:, 0].diff()
+        assert float((steps - steps.mean()).abs().max()) < 1e-9
+    path = DriftMonitor(bet=PowerMixture()).log_statistics(torch.ones(5000, **F64))
+    assert_close(path, -torch.arange(2.0, 5002, **F64).log())  # all p of 1: M = 1 / (n + 1)
+
+
+@pytest.mark.parametrize("bet", BETS, ids=str)
+def test_batches_and_streams_side_by_side(bet):
+    p = uniform(3, 40)
+    state, whole = bet.update(bet.init(), p)
+    for row in range(3):
+        one, pieces = bet.init(), []
+        for piece in p[row].split(7):
+            one, log_factors = bet.update(one, piece)
+            pieces.append(log_factors)
+        assert_close(torch.cat(pieces), whole[row])
+        assert_close(one, state[row])
+
+
+def test_a_jump_must_be_a_share():
+    with pytest.raises(bae.errors.DataError, match=r"jump in \[0, 1\]"):
+        SimpleJumper(jump=1.5)
+
+
+# the monitor
+
+
+def test_p_values_are_ranks_in_the_past():
+    """Against a loop, ties included, over several blocks; ties are broken by one uniform number a row."""
+    calibration, stream = torch.randint(0, 9, (30,)), torch.randint(0, 9, (2500,))
+    state = DriftMonitor().init(calibration, seed=4)
+    _, info = DriftMonitor().update(state, stream)
+    ties = 1 - torch.rand(2500, generator=torch.Generator().manual_seed(4), **F64)
+    seen = calibration.tolist()
+    for i in [0, 1, 2, 1023, 1024, 1025, 2499]:
+        past, s = np.array(seen + stream[:i].tolist()), int(stream[i])
+        expected = ((past > s).sum() + float(ties[i]) * (1 + (past == s).sum())) / (len(past) + 1)
+        assert float(info.p_values[i]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_levels", [None, 2], ids=["continuous", "ties"])
+def test_online_p_values_are_independent_and_uniform(n_levels):
+    """Of 400 streams of 5 rows after 3 calibration rows: uniform each, and no two hang together."""
+    scores = torch.distributions.Exponential(1.0).sample((600, 8))
+    scores = scores if n_levels is None else (scores * n_levels).floor()
+    monitor = DriftMonitor()
+    p = torch.stack([
+        monitor.update(monitor.init(row[:3], seed=i), row[3:])[1].p_values for i, row in enumerate(scores)
+    ])
+    assert stats.kstest(p.flatten().numpy(), "uniform").pvalue > 1e-3
+    correlations = np.corrcoef(p.T.numpy())[np.triu_indices(5, 1)]
+    assert np.abs(correlations).max() < stats.norm.isf(5e-4 / 10) / math.sqrt(600)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("bet", [SimpleJumper(), PowerMixture()], ids=str)
+def test_batches_do_not_matter(statistic, bet):
+    calibration, stream = torch.randn(20), torch.randn(60) + 2
+    monitor = DriftMonitor(level=0.2, statistic=statistic, bet=bet)
+    start = monitor.init(calibration, seed=0)
+    whole, info = monitor.update(start, stream)
+    state, pieces = start, []
+    for part in stream.split([1, 1, 17, 5, 36]):
+        state, piece = monitor.update(state, part)
+        pieces.append(piece)
+    assert_close(torch.cat([piece.log_statistics for piece in pieces]), info.log_statistics)
+    assert torch.equal(torch.cat([piece.p_values for piece in pieces]), info.p_values)
+    assert (state.n_seen, state.alarmed_at) == (whole.n_seen, whole.alarmed_at) == (60, whole.alarmed_at)
+    assert whole.alarmed_at == 1 + int((info.log_statistics >= math.log(5)).int().argmax())
+    assert_close(monitor.log_statistics(info.p_values), info.log_statistics)
+
+
+def test_statistics_against_a_loop():
+    p = uniform(200) ** 1.3
+    factors = SimpleJumper().update(SimpleJumper().init(), p)[1].exp().tolist()
+    values, found = {"martingale": 1.0, "cusum": 0.0, "shiryaev-roberts": 0.0}, {name: [] for name in STATISTICS}
+    for f in factors:
+        values["martingale"] *= f
+        values["cusum"] = max(values["cusum"], 1) * f
+        values["shiryaev-roberts"] = (values["shiryaev-roberts"] + 1) * f
+        for name, value in values.items():
+            found[name].append(value)
+    for name in STATISTICS:
+        path = DriftMonitor(statistic=name).log_statistics(p)
+        assert_close(path.exp(), torch.tensor(found[name], **F64))
+
+
+@pytest.mark.parametrize("bet", [SimpleJumper(), PowerMixture()], ids=str)
+def test_false_alarms_of_the_martingale_stay_below_the_level(bet):
+    """Ville's inequality, with alarms at *any* of 200 rows of 2,000 streams."""
+    ever = DriftMonitor(bet=bet).log_statistics(uniform(2000, 200)).amax(1)
+    for level in (0.01, 0.05, 0.2):
+        assert int((ever >= -math.log(level)).sum()) <= stats.binom.ppf(0.99, 2000, level)
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_the_martingales_mean_is_one(n):
+    """In closed form at the first row, within standard errors later: the jumper's factors are bounded."""
+    values = DriftMonitor().log_statistics(uniform(20_000, n))[:, -1].exp()
+    assert abs(float(values.mean()) - 1) < 4 * float(values.std()) / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("statistic", ["cusum", "shiryaev-roberts"])
+def test_the_mean_run_length_is_at_least_one_over_the_level(statistic):
+    """Streams of 2,000 rows, a run without alarm counted as 2,000: a lower bound of the mean."""
+    is_alarm = DriftMonitor(0.02, statistic).log_statistics(uniform(500, 2000)) >= math.log(50)
+    first = torch.where(is_alarm.any(1), is_alarm.int().argmax(1) + 1, 2000).double()
+    assert float(first.mean()) - 2.6 * float(first.std()) / math.sqrt(500) >= 50
+
+
+def test_the_shiryaev_roberts_statistic_grows_by_one_a_row_in_the_mean():
+    values = DriftMonitor(statistic="shiryaev-roberts").log_statistics(uniform(20_000, 15))[:, -1].exp()
+    assert abs(float(values.mean()) - 15) < 4 * float(values.std()) / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("bet", [SimpleJumper(), PowerMixture()], ids=str)
+def test_a_shift_is_found(statistic, bet):
+    calibration, familiar, shifted = torch.randn(200), torch.randn(50), torch.randn(100) + 2
+    monitor = DriftMonitor(0.001, statistic, bet)
+    state, before = monitor.update(monitor.init(calibration, seed=0), familiar)
+    state, after = monitor.update(state, shifted)
+    assert not bool(before.is_alarm.any()) and bool(after.is_alarm.any())
+    assert state.alarmed_at is not None and 50 < state.alarmed_at <= 110
+
+
+def test_only_the_jumper_sees_scores_that_are_too_familiar():
+    calibration, stream = torch.randn(200), torch.randn(150) - 1.5
+    for bet, is_seen in ((SimpleJumper(), True), (PowerMixture(), False)):
+        monitor = DriftMonitor(0.01, bet=bet)
+        assert (monitor.update(monitor.init(calibration, seed=0), stream)[0].alarmed_at is not None) == is_seen
+
+
+@pytest.mark.slow
+def test_real_streams_raise_no_more_false_alarms_than_the_level():
+    """End to end, on 1,000 permutations of one set of skewed, tied scores."""
+    scores = (torch.distributions.Exponential(1.0).sample((250,)) * 10).floor()
+    monitor = DriftMonitor(0.05)
+    n_alarms = 0
+    for number in range(1000):
+        order = torch.randperm(250, generator=torch.Generator().manual_seed(number))
+        state, _ = monitor.update(monitor.init(scores[order[:50]], seed=number), scores[order[50:]])
+        n_alarms += state.alarmed_at is not None
+    assert n_alarms <= stats.binom.ppf(0.99, 1000, 0.05)
+
+
+def test_states_are_new_and_the_callers_generator_is_left_alone():
+    calibration, stream = torch.randn(9), torch.randn(5)
+    copies, before = (calibration.clone(), stream.clone()), torch.get_rng_state()
+    monitor = DriftMonitor()
+    state = monitor.init(calibration, seed=0)
+    first, again = (monitor.update(state, stream)[1] for _ in range(2))
+    assert torch.equal(first.p_values, again.p_values) and state.n_seen == 0 and len(state.scores) == 9
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(calibration, copies[0]) and torch.equal(stream, copies[1])
+    with pytest.raises(FrozenInstanceError):
+        monitor.level = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_constant_and_infinite_scores():
+    """Equal scores are exchangeable: no evidence. An infinite one is the strangest."""
+    monitor = DriftMonitor(0.05)
+    state, info = monitor.update(monitor.init(torch.ones(50), seed=0), torch.ones(200))
+    assert state.alarmed_at is None and stats.kstest(info.p_values.numpy(), "uniform").pvalue > 1e-3
+    _, info = monitor.update(monitor.init(torch.arange(99), seed=0), torch.tensor([math.inf]))
+    assert 0 < float(info.p_values[0]) <= 0.01
+
+
+@pytest.mark.parametrize("monitor", [DriftMonitor(), TypicalityMonitor()], ids=lambda m: type(m).__name__)
+def test_monitors_refuse_bad_scores(monitor):
+    with pytest.raises(bae.errors.DataError, match="at least one score"):
+        monitor.init(torch.empty(0), seed=0)
+    with pytest.raises(bae.errors.NonFiniteError, match="NaN"):
+        monitor.init(torch.tensor([math.nan]), seed=0)
+    state = monitor.init(torch.rand(9), seed=0)
+    with pytest.raises(bae.errors.NonFiniteError, match="2 NaN"):
+        monitor.update(state, torch.tensor([0.0, math.nan, math.nan]))
+    with pytest.raises(bae.errors.ShapeError, match=r"scores \(N,\)"):
+        monitor.update(state, torch.rand(2, 2))
+    with pytest.raises(bae.errors.DataError, match=r"level in \(0, 1\)"):
+        type(monitor)(level=0.0)
+
+
+# batch typicality
+
+
+def test_permutation_p_values_are_exact_over_all_orders():
+    """Every division of six rows into calibration and batch: p <= a for a share of a at most, for any R."""
+    rows = torch.tensor([0.0, 1.0, 3.0, 7.0, 15.0, 40.0], **F64)
+    divisions = [torch.tensor([i, j]) for i in range(6) for j in range(i)]
+    p = []
+    for batch in divisions:
+        rest = torch.tensor([i for i in range(6) if i not in batch.tolist()])
+        for seed in range(40):
+            p.append(bae.ood.batch_typicality(rows[rest], rows[batch][None], n_resamples=9, seed=seed).p_values)
+    p = torch.cat(p)
+    for rate in (0.1, 0.2, 0.5):
+        assert float((p <= rate).double().mean()) <= rate + 3 * math.sqrt(rate / 40 / 15)
+
+
+def test_p_values_against_a_loop():
+    calibration, batches = torch.randn(12, **F64), torch.randn(3, 4, **F64) + 0.5
+    found = bae.ood.batch_typicality(calibration, batches, n_resamples=99, seed=3)
+    keys = torch.rand(99, 16, generator=torch.Generator().manual_seed(3), **F64)
+    for m in range(3):
+        pool, count = torch.cat([calibration, batches[m]]), 1
+        observed = abs(float(batches[m].mean() - calibration.mean()))
+        for row in keys.argsort(1):
+            chosen = pool[row[:4]].mean() - pool[row[4:]].mean()
+            count += abs(float(chosen)) >= observed - 1e-12
+        assert float(found.statistics[m]) == pytest.approx(observed)
+        assert float(found.p_values[m]) == count / 100
+
+
+def test_permutation_p_values_have_their_discrete_law():
+    """With R = 19, uniform on k / 20: chi-squared over 2,000 independent worlds."""
+    scores = torch.distributions.Exponential(1.0).sample((2000, 30)).double()
+    p = [
+        float(bae.ood.batch_typicality(row[:20], row[None, 20:], n_resamples=19, seed=i).p_values)
+        for i, row in enumerate(scores)
+    ]
+    counts = np.bincount(np.round(np.array(p) * 20).astype(int) - 1, minlength=20)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_the_bootstrap_is_too_eager_where_batches_are_large():
+    """What "Biased when" says: at B = n the variance is half of what it should be, so 10 % become 24 %."""
+    rows = torch.randn(600, 80, **F64)
+    rates = {}
+    for method in ("bootstrap", "permutation"):
+        p = [
+            bae.ood.batch_typicality(row[:40], row[None, 40:], method=method, n_resamples=199, seed=i).p_values
+            for i, row in enumerate(rows)
+        ]
+        rates[method] = float((torch.cat(p) <= 0.1).double().mean())
+    low, high = stats.binom.ppf([0.005, 0.995], 600, 2 * stats.norm.sf(1.645 / math.sqrt(2))) / 600
+    assert 0.19 < low < high < 0.3
+    assert low - 0.02 <= rates["bootstrap"] <= high + 0.02
+    assert rates["permutation"] <= stats.binom.ppf(0.995, 600, 0.1) / 600
+
+
+def test_typicality_sees_both_sides_and_the_windows_of_a_stream():
+    calibration = torch.randn(500)
+    stream = torch.cat([torch.randn(100), torch.randn(100) - 1, torch.randn(100) + 1])
+    for method in ("permutation", "bootstrap"):
+        p = bae.ood.batch_typicality(calibration, stream.unfold(0, 50, 50), method=method).p_values
+        assert bool((p[2:] == 1 / 1000).all()) and bool((p[:2] > 0.01).all())
+
+
+def test_equal_scores_are_typical():
+    """Sums that differ in their last bits are ties."""
+    found = bae.ood.batch_typicality(torch.full((37,), 0.1), torch.full((2, 11), 0.1))
+    assert torch.equal(found.p_values, torch.ones(2, **F64))
+
+
+def test_a_monitor_is_the_test_of_each_window():
+    calibration, stream = torch.randn(200), torch.cat([torch.randn(75), torch.randn(60) + 2])
+    monitor = TypicalityMonitor(window=25)
+    state, info = monitor.update(monitor.init(calibration, seed=2), stream)
+    expected = bae.ood.batch_typicality(calibration, stream[:125].reshape(5, 25), seed=2)
+    assert_close(info.p_values, expected.p_values)
+    assert_close(info.statistics, expected.statistics)
+    assert info.is_alarm.tolist() == [False, False, False, True, True]
+    assert state.alarmed_at == 100 and state.n_seen == 135
+    pieces = []
+    again = monitor.init(calibration, seed=2)
+    for piece in stream.split([10, 14, 1, 60, 50]):
+        again, part = monitor.update(again, piece)
+        pieces.append(part.p_values)
+    assert [len(piece) for piece in pieces] == [0, 0, 1, 2, 2]
+    assert_close(torch.cat(pieces), info.p_values)
+    assert (again.alarmed_at, again.n_seen) == (100, 135)
+
+
+def test_typicality_of_bad_input():
+    with pytest.raises(bae.errors.ShapeError, match=r"batches \(M, B\)"):
+        bae.ood.batch_typicality(torch.rand(9), torch.rand(9))
+    with pytest.raises(bae.errors.NonFiniteError, match="finite scores"):
+        bae.ood.batch_typicality(torch.rand(9), torch.tensor([[math.inf, 0.0]]))
+    with pytest.raises(bae.errors.DataError, match="n_resamples of at least 1"):
+        bae.ood.batch_typicality(torch.rand(9), torch.rand(2, 2), n_resamples=0)
+    with pytest.raises(bae.errors.DataError, match=r"n_resamples for a level of 0.001; got 99. Take 999"):
+        TypicalityMonitor(level=0.001, n_resamples=99)
+    with pytest.raises(bae.errors.DataError, match="window of at least 1 row"):
+        TypicalityMonitor(window=0)
