@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from bayesae import (
     adapters,
+    calibration,
     codes,
     curvature,
     datasets,
@@ -81,6 +82,7 @@ __all__ = [
     "ScaleMixture",
     "Subset",
     "adapters",
+    "calibration",
     "codes",
     "curvature",
     "datasets",

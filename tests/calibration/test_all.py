@@ -1,0 +1,72 @@
+"""What every recalibration keeps: laws, purity, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import calibration
+from tests.calibration.worlds import moments_of, normal
+
+ALL = [
+    calibration.VarianceScaling(),
+    calibration.VarianceScaling("pixel"),
+    calibration.Temperature(),
+    calibration.Isotonic(),
+    calibration.SplitConformal(),
+    calibration.SplitConformal("position"),
+    calibration.SplitConformal("image"),
+]
+
+
+@pytest.mark.parametrize("method", ALL, ids=str)
+class TestRecalibration:
+    def test_parts_add_up_and_the_mean_stays(self, method):
+        moments, x = normal(factors=(2, 1, 3))
+        before = {name: getattr(moments, name).clone() for name in ("mean", "noise", "code", "weights")}
+        fitted = method.fit(moments, x)
+        found = fitted(moments)
+        assert isinstance(method, calibration.Recalibration) and isinstance(fitted, calibration.Recalibrated)
+        assert_close(found.mean, moments.mean)
+        for name, value in before.items():
+            assert torch.equal(getattr(moments, name), value)
+        low, high = fitted.interval(moments, math.erf(1 / math.sqrt(2)))
+        assert_close(found.total, ((high - low) / 2) ** 2)
+
+    def test_intervals_are_nested_quantiles(self, method):
+        moments, x = normal()
+        fitted = method.fit(moments, x)
+        quantiles = [fitted.quantile(moments, level) for level in (0.05, 0.2, 0.5, 0.8, 0.95)]
+        assert all(bool((first < second).all()) for first, second in zip(quantiles, quantiles[1:], strict=False))
+        assert_close(fitted.interval(moments, 0.6), (quantiles[1], quantiles[3]))
+
+    def test_dtype_is_kept(self, method):
+        moments, x = normal()
+        single = moments_of(*(getattr(moments, name).float() for name in ("mean", "noise", "code", "weights")))
+        fitted = method.fit(single, x)
+        assert fitted(single).total.dtype == fitted.quantile(single, 0.9).dtype == torch.float32
+
+    def test_what_is_refused(self, method):
+        moments, x = normal(20)
+        with pytest.raises(bae.errors.DataError, match="calibration row"):
+            method.fit(*((lambda m, rows: (m, rows))(moments_of(moments.mean[:0], moments.noise[:0]), x[:0])))
+        with pytest.raises(bae.errors.DataError, match="positive predictive variances"):
+            method.fit(moments_of(moments.mean, 0 * moments.noise), x)
+        with pytest.raises(bae.errors.NonFiniteError, match="missing data"):
+            method.fit(moments, x * torch.nan)
+        with pytest.raises(bae.errors.ShapeError, match="x of shape"):
+            method.fit(moments, x[:5])
+        with pytest.raises(bae.errors.DataError, match=r"a level in \(0, 1\)"):
+            method.fit(moments, x).quantile(moments, 95.0)
+
+    @pytest.mark.parametrize("name", ["Bernoulli", "ContinuousBernoulli", "Mixed"])
+    def test_laws_that_the_mean_settles_are_refused(self, method, name):
+        heads = bae.likelihoods
+        head = heads.Mixed([heads.Gaussian(1.0), heads.Bernoulli()]) if name == "Mixed" else getattr(heads, name)()
+        mean = torch.full((5, 2), 0.5)
+        with pytest.raises(bae.errors.UnsupportedError, match="variance of their own"):
+            method.fit(moments_of(mean, 0.25 * torch.ones(5, 2), likelihood=head), torch.ones(5, 2))

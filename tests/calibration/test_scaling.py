@@ -1,0 +1,106 @@
+"""Variance scaling and the temperature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae.calibration import Rescaled, Temperature, VarianceScaling
+from tests.calibration.worlds import F64, moments_of, normal, part_of
+
+
+def nll(moments, x):
+    return float(bae.metrics.gaussian_nll(moments.mean, moments.total, x).mean())
+
+
+class TestVarianceScaling:
+    @pytest.mark.parametrize("by", ["all", "pixel"])
+    def test_is_maximum_likelihood(self, by):
+        moments, x = normal()
+        fitted = VarianceScaling(by, n_prior=0).fit(moments, x)
+        best = nll(fitted(moments), x)
+        for step in (0.99, 1.01):
+            assert nll(Rescaled(*[fitted.noise * step] * 3)(moments), x) > best
+        # the stationary point: mean squared standardised errors are 1, of all or of every pixel
+        squares = (x - moments.mean) ** 2 / fitted(moments).total
+        ones = squares.mean() if by == "all" else squares.mean(0)
+        assert_close(ones, torch.ones_like(ones))
+
+    def test_finds_the_factor(self):
+        moments, x = normal(20_000, factors=(3, 3, 3))
+        n = x.numel()
+        factor = float(VarianceScaling().fit(moments, x).noise)
+        assert abs(factor - 3) < 4 * 3 * math.sqrt(2 / n)
+        by_pixel = VarianceScaling("pixel", n_prior=0).fit(moments, x).code
+        assert by_pixel.shape == (2, 3) and (by_pixel - 3).abs().max() < 4.5 * 3 * math.sqrt(2 / 20_000)
+
+    def test_shrinkage_goes_from_each_pixel_to_all(self):
+        moments, x = normal(50)
+        shared = VarianceScaling().fit(moments, x).noise
+        alone, some, much = (VarianceScaling("pixel", n).fit(moments, x).noise for n in (0, 50, 1e12))
+        assert_close(some, (alone + shared) / 2)
+        assert_close(much, shared.expand(2, 3), rtol=1e-9, atol=0)
+
+    def test_refusals(self):
+        moments, x = normal(50)
+        with pytest.raises(bae.errors.DataError, match="errors that are not all 0"):
+            VarianceScaling("pixel", 0).fit(moments, torch.where(torch.arange(3) == 1, moments.mean, x))
+        with pytest.raises(bae.errors.DataError, match="n_prior of 0"):
+            VarianceScaling(n_prior=-1)
+        fitted = VarianceScaling("pixel").fit(moments, x)
+        with pytest.raises(bae.errors.ShapeError, match=r"rows of shape \(2, 3\)"):
+            fitted(moments_of(moments.mean[:, :1], moments.noise[:, :1]))
+
+
+class TestTemperature:
+    def test_finds_factor_and_temperature(self):
+        moments, x = normal(20_000, factors=(0.5, 1, 3))
+        fitted = Temperature().fit(moments, x)
+        # of one part alone the deviation would be sqrt(2 / n); together they are known less well
+        information = torch.stack([part / fitted(moments).total for part in (0.5 * moments.noise, 3 * moments.weights)])
+        deviations = (0.5 * torch.einsum("anij,bnij->ab", information, information)).inverse().diagonal().sqrt()
+        assert abs(math.log(float(fitted.noise) / 0.5)) < 4 * float(deviations[0]) < 0.3
+        assert abs(math.log(float(fitted.weights) / 3)) < 4 * float(deviations[1]) < 0.3
+        assert float(fitted.code) == 1
+
+    def test_is_the_best_of_a_grid(self):
+        moments, x = normal(100, factors=(0.5, 1, 3))
+        fitted = Temperature().fit(moments, x)
+        best = nll(fitted(moments), x)
+        for noise in np.geomspace(0.1, 10, 9):
+            for weights in np.geomspace(0.1, 10, 9):
+                one = replace(fitted, noise=torch.tensor(noise), weights=torch.tensor(weights))
+                assert nll(one(moments), x) >= best - 1e-12
+        for step in (0.999, 1.001):
+            assert nll(replace(fitted, noise=fitted.noise * step)(moments), x) > best
+            assert nll(replace(fitted, weights=fitted.weights * step)(moments), x) > best
+
+    def test_one_network_is_variance_scaling(self):
+        moments, x = normal(100)
+        plain = moments_of(moments.mean, moments.total)
+        fitted = Temperature().fit(plain, x)
+        assert float(fitted.weights) == 1
+        assert_close(fitted.noise, VarianceScaling().fit(plain, x).noise, rtol=1e-7, atol=0)
+
+    def test_a_linearised_normal_posterior_is_tempered(self):
+        """The factor of the weights' part is that of the covariance, refitted at that temperature."""
+        torch.manual_seed(0)
+        model = bae.Autoencoder(
+            bae.nets.mlp(3, [4], 2), bae.nets.mlp(2, [4], 3), bae.likelihoods.Gaussian(0.3)
+        ).double()
+        x = torch.randn(30, 3, **F64)
+        weights = bae.fit_weights(bae.weights.Laplace(), model, x[:20])
+        moments = bae.Predictive(model, weights).moments(x)
+        fitted = Temperature().fit(part_of(moments, slice(20, None)), x[20:])
+        tempered = bae.families.DiagonalNormal(
+            weights.mean, weights.var * fitted.weights, weights.subset, is_linearised=True
+        )
+        found = bae.Predictive(model, tempered).moments(x)
+        assert moments.weights.min() > 0
+        assert_close(fitted(moments).weights, found.weights)
