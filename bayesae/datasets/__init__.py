@@ -1,5 +1,6 @@
-"""Data sets as tensors: images in [0, 1], and tables with labelled anomalies."""
+"""Data sets as tensors: images in [0, 1], tables with labelled anomalies, and shifts of images."""
 
 from bayesae.datasets.load import NAMES, load
+from bayesae.datasets.shifts import shifted
 
-__all__ = ["NAMES", "load"]
+__all__ = ["NAMES", "load", "shifted"]
