@@ -36,7 +36,8 @@ def coverage_by_deviation(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]
 
     Args:
         axes: Where to draw.
-        curves: Mean predicted deviation of each bin, units of x, and coverage in it, (E,) each, by the predictive's name.
+        curves: Mean predicted deviation of each bin, units of x, and coverage in it, (E,) each, by the predictive's
+            name.
         level: Of the intervals: a line across, where all points are if deviations are right everywhere.
 
     Returns:

@@ -15,7 +15,7 @@ mpl.use("Agg")
 def test_coverage_draws_the_diagonal_and_every_curve():
     axes, levels = Figure().subplots(), torch.linspace(0.1, 0.9, 5)
     assert bae.plots.coverage(axes, {"a": (levels, levels**2), "b": (levels, levels)}) is axes
-    assert axes.lines[0].get_xdata() == [0, 1] and axes.lines[0].get_ydata() == [0, 1]
+    assert axes.lines[0].get_xdata().tolist() == axes.lines[0].get_ydata().tolist() == [0, 1]
     assert torch.equal(torch.as_tensor(axes.lines[1].get_ydata()), levels**2)
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
