@@ -3,6 +3,7 @@
 from bayesae.plots.calibration import coverage, coverage_by_deviation
 from bayesae.plots.chains import chain_trace
 from bayesae.plots.figures import heat_map, images, latent_grid, latent_scatter, reliability, score_histograms
+from bayesae.plots.streams import stream_trace
 
 __all__ = [
     "chain_trace",
@@ -14,4 +15,5 @@ __all__ = [
     "latent_scatter",
     "reliability",
     "score_histograms",
+    "stream_trace",
 ]
