@@ -69,7 +69,7 @@ class DriftMonitor:
     An alarm is a value of 1 / level or more. For the martingale that happens *ever* with probability ``level`` at most
     (Ville's inequality); it is for a stream that ends. The others restart their evidence and raise false alarms again
     and again, once in 1 / level rows or less often in the mean (:math:`R_t - t` is a martingale, and
-    :math:`C_t \le R_t`); they are for a stream that goes on.
+    :math:`C_t \le R_t`), so that n rows see one with probability n level at most; they are for a stream that goes on.
 
     Args:
         level: In (0, 1): chance of any false alarm (martingale), or one over the rows between two (the others).

@@ -187,6 +187,14 @@ def test_the_mean_run_length_is_at_least_one_over_the_level(statistic):
     assert float(first.mean()) - 2.6 * float(first.std()) / math.sqrt(500) >= 50
 
 
+@pytest.mark.parametrize("statistic", ["cusum", "shiryaev-roberts"])
+def test_false_alarms_among_n_rows(statistic):
+    """At most n times the level: R_t - t is a martingale, and C_t is no larger than R_t."""
+    ever = DriftMonitor(statistic=statistic).log_statistics(uniform(2000, 50)).amax(1)
+    for level in (0.002, 0.01):
+        assert int((ever >= -math.log(level)).sum()) <= stats.binom.ppf(0.99, 2000, 50 * level)
+
+
 def test_the_shiryaev_roberts_statistic_grows_by_one_a_row_in_the_mean():
     values = DriftMonitor(statistic="shiryaev-roberts").log_statistics(uniform(20_000, 15))[:, -1].exp()
     assert abs(float(values.mean()) - 15) < 4 * float(values.std()) / math.sqrt(20_000)
