@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bayesae.draws import Draws, logmeanexp_over_weights, mean_over_weights
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
+from bayesae.ood.codes import code_variance, code_volume
+from bayesae.ood.information import information_gain
 
 __all__ = [
     "all_scores",
@@ -228,15 +230,18 @@ def share_saturated(draws: Draws, *, temperature: float = 1.0, level: float = 0.
 
 
 def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: float = 1.0) -> dict[str, Tensor]:
-    """Every score of the log-densities at once, from one pass of the predictive.
+    """Every score of `Draws` at once, from one pass of the predictive.
+
+    Of many rows ``predictive.reduce(ood.all_scores, x)`` keeps no more draws than it needs at a time.
 
     Args:
-        draws: Draws of the predictive at x.
+        draws: Draws of the predictive at x; with outputs there is "information_gain" too.
         familiar: `negative_log_predictive` of held-out familiar rows, (N,), under as many draws: adds "typicality".
         temperature: Of `disagreement` and `weight_entropy`.
 
     Returns:
-        Scores (B,) by the names of their functions. Those that need several weight draws are left out of one.
+        Scores (B,) by the names of their functions, without those that need more draws than there are, or
+            a code that moves.
 
     Exact when: as each of them.
     """
@@ -251,6 +256,13 @@ def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: flo
         found["log_density_deviation"] = log_density_deviation(draws)
         found["disagreement"] = disagreement(draws, temperature=temperature)
         found["weight_entropy"] = weight_entropy(draws, temperature=temperature)
+        if draws.outputs is not None:
+            found["information_gain"] = information_gain(draws)
+    codes = draws.latents.flatten(0, 1)
+    if len(codes) > 1:
+        found["code_variance"] = code_variance(draws)
+    if len(codes) > codes.shape[-1] and bool((codes != codes[0]).any(0).all()):
+        found["code_volume"] = code_volume(draws)
     return found
 
 

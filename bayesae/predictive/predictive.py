@@ -23,12 +23,13 @@ from bayesae.families import Mixture
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
 from bayesae.models import Autoencoder
 from bayesae.predictive.mixtures import mixed
-from bayesae.predictive.streams import Pool, check_chunk, check_size, linearise, spread
+from bayesae.predictive.streams import Pool, check_chunk, check_size, chunks, linearise, spread
 from bayesae.types import Batch, Params, WeightPosterior
 
 __all__ = ["Predictive"]
 
 _N_DRAWS = 32  # of a continuous posterior where the caller does not say
+_FAR = "Are the inputs far outside the training range?"
 _NUMBERS_OF_WEIGHTS = 2**24  # in one block of weight draws, 64 MB in float32
 
 
@@ -121,12 +122,11 @@ class Predictive:
         with random.scope(seed, rows.x.device):
             blocks = []
             for own, params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
-                chunks = self._chunks(rows, n_draws(params) * n_latent_draws, size)
-                pieces = (own._evaluate(params, batch, n_latent_draws) for batch in chunks)
+                some = chunks(rows, n_draws(params) * n_latent_draws, size)
+                pieces = (own._evaluate(params, batch, n_latent_draws) for batch in some)
                 blocks.append(concatenate_rows([d if keep_outputs else d.without_outputs() for d in pieces]))
         result = concatenate_weight_draws(blocks)
-        fix = "Are the inputs far outside the training range?"
-        check_finite({"log_likelihood": result.log_likelihood}, "log-densities", fix)
+        check_finite({"log_likelihood": result.log_likelihood}, "log-densities", _FAR)
         return result
 
     @torch.no_grad()
@@ -179,8 +179,48 @@ class Predictive:
         extra = () if moments.mean.numel() == rows.explained.numel() else moments.mean.shape[-1:]
         shaped = {name: v if v is None else v.reshape(*rows.explained.shape, *extra) for name, v in shaped.items()}
         finite = {name: v for name, v in shaped.items() if v is not None and name != "standard_error"}
-        check_finite(finite, "moments", "Are the inputs far outside the training range?")
+        check_finite(finite, "moments", _FAR)
         return replace(moments, **shaped)
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        reduction: Callable[[Draws], dict[str, Tensor]],
+        x: Data,
+        mask: Tensor | None = None,
+        *,
+        n_weight_draws: int | None = None,
+        n_latent_draws: int = 1,
+        seed: int | None = None,
+        chunk_size: int | None = None,
+    ) -> dict[str, Tensor]:
+        r"""Draw as a call does, outputs kept, and keep what a function of the draws of a few rows makes of them.
+
+        ``reduce(ood.all_scores, x)`` is every score that reads `Draws`, those that read outputs too, in one pass.
+
+        Args:
+            reduction: From the draws (K, S, B', ...) of some rows, all weight draws together, to tensors (B', ...).
+            x: Rows (N, \*data); it and the others as in a call.
+            mask: As in a call.
+            n_weight_draws: S.
+            n_latent_draws: K.
+            seed: As in a call; with one seed the draws are those of a call.
+            chunk_size: Network rows at a time, 4096 if None.
+
+        Returns:
+            What the function gave, (N, ...) each. Raises as a call does.
+        Cost: that of a call; memory of one chunk's outputs (K, S, B', \*O) and of all S draws of the weights.
+        """
+        size, rows, found = check_chunk(chunk_size), self._rows(x, mask, seed), []
+        with random.scope(seed, rows.x.device):
+            blocks = list(self._weight_blocks(n_weight_draws, n_latent_draws, size))
+            n = sum(n_draws(params) for _, params in blocks)
+            for batch in chunks(rows, n * n_latent_draws, size):
+                pieces = [own._evaluate(params, batch, n_latent_draws) for own, params in blocks]
+                draws = concatenate_weight_draws(pieces)
+                check_finite({"log_likelihood": draws.log_likelihood}, "log-densities", _FAR)
+                found.append(reduction(draws))
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     @torch.no_grad()
     def over_chunks(
@@ -217,7 +257,7 @@ class Predictive:
             blocks = []
             for own, params in self._weight_blocks(n_weight_draws, n_latent_draws, size):
                 pieces = []
-                for batch in self._chunks(rows, n_draws(params) * n_latent_draws, size):
+                for batch in chunks(rows, n_draws(params) * n_latent_draws, size):
                     pieces.append(measure(params, batch, partial(own._evaluate, params, batch)))
                     bar.update(len(batch.x) * n_draws(params))
                 blocks.append([torch.cat(parts, 1) for parts in zip(*pieces, strict=True)])
@@ -306,13 +346,6 @@ class Predictive:
                 size = part.stop - part.start
                 yield own, own.weights.sample(size) if particles is None else select_draws(particles, part)
 
-    def _chunks(self, rows: Batch, n_calls: int, chunk_size: int) -> Iterator[Batch]:
-        assert rows.index is not None
-        for index in rows.index.split(max(1, chunk_size // n_calls)):
-            part = slice(int(index[0]), int(index[-1]) + 1)
-            fields = {name: value[part] for name, value in rows._asdict().items() if value is not None}
-            yield Batch(**fields)
-
     def _evaluate(self, params: Params, batch: Batch, n_latent_draws: int) -> Draws:
         if not self.is_linearised:
             return self._codes(self.model.at(params), batch, n_latent_draws=n_latent_draws)
@@ -351,7 +384,7 @@ class Predictive:
         pools, is_point = {}, True
         for own, params in self._weight_blocks(n_weight_draws, n_latent_draws, chunk_size):
             # chunks are cut for one weight draw and split further inside, so that all blocks meet the same ones
-            for start, batch in enumerate(self._chunks(rows, n_latent_draws, chunk_size)):
+            for start, batch in enumerate(chunks(rows, n_latent_draws, chunk_size)):
                 step = max(1, chunk_size // (len(batch.x) * n_latent_draws))
                 for first in range(0, n_draws(params), step):
                     some = select_draws(params, slice(first, first + step))

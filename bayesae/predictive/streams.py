@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from torch import Tensor
 from bayesae.data import check_counts
 from bayesae.draws import Moments
 from bayesae.errors import ShapeError
-from bayesae.types import Likelihood, Params
+from bayesae.types import Batch, Likelihood, Params
 
-__all__ = ["Pool", "check_chunk", "check_size", "linearise", "spread"]
+__all__ = ["Pool", "check_chunk", "check_size", "chunks", "linearise", "spread"]
 
 ROWS_AT_ONCE = 4096  # network rows (weight draws times code draws times data rows) in one call
 
@@ -82,3 +82,11 @@ def check_size(likelihood: Likelihood, output_shape: torch.Size, rows: Tensor) -
             f"outputs of shape {tuple(output_shape)}, which explain {tuple(shape)}",
             "Give the decoder as many outputs as a row has numbers (times the likelihood's parameters a number).",
         )
+
+
+def chunks(rows: Batch, n_calls: int, chunk_size: int) -> Iterator[Batch]:
+    """Consecutive rows, as many at a time as their ``n_calls`` draws each leave room for, at least one."""
+    assert rows.index is not None
+    for index in rows.index.split(max(1, chunk_size // n_calls)):
+        part = slice(int(index[0]), int(index[-1]) + 1)
+        yield Batch(**{name: value[part] for name, value in rows._asdict().items() if value is not None})

@@ -1,0 +1,51 @@
+"""`Predictive.reduce`: scores of draws that nobody keeps are those of draws that are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import families, ood
+from tests.predictive.test_predictive import normal
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    encoder, decoder = bae.nets.mlp(7, [6], (2, 2)), bae.nets.mlp(2, [6], 7)
+    return bae.Autoencoder(encoder, decoder, bae.likelihoods.Gaussian(0.4)).double().eval()
+
+
+OPTIONS = {"n_weight_draws": 4, "n_latent_draws": 3, "seed": 3}
+
+
+@pytest.mark.parametrize("kind", ["sampled", "linearised", "mixture"])
+@pytest.mark.parametrize("chunk_size", [1, 60, None])
+def test_every_score_is_that_of_a_call(model, rows, kind, chunk_size):
+    weights = normal(model, is_linearised=kind == "linearised")
+    weights = families.Mixture([weights, normal(model, 0.1)]) if kind == "mixture" else weights
+    predictive = bae.Predictive(model, weights, bae.codes.amortised)
+    # what a block of weights holds depends on the chunk, and with it the order of draws of a mixture's parts
+    kept = predictive(rows, keep_outputs=True, chunk_size=chunk_size, **OPTIONS)
+    expected = ood.all_scores(kept)
+    found = predictive.reduce(ood.all_scores, rows, chunk_size=chunk_size, **OPTIONS)
+    assert found.keys() == expected.keys() >= {"waic", "information_gain", "code_volume"}
+    for name, score in found.items():
+        assert_close(score, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_masks_and_particles(model, rows):
+    weights = families.Particles(normal(model).sample(3))
+    predictive = bae.Predictive(model, weights)
+    mask = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    found = predictive.reduce(ood.all_scores, rows, mask, seed=0)
+    assert_close(found["waic"], ood.waic(predictive(rows, mask, seed=0)))
+
+
+def test_codes_that_never_move_have_no_volume(model, rows):
+    predictive = bae.Predictive(model, normal(model, patterns=("decoder.**",)))
+    found = predictive.reduce(ood.all_scores, rows, **(OPTIONS | {"n_latent_draws": 1}))
+    assert "code_volume" not in found
+    assert float(found["code_variance"].max()) < 1e-25
