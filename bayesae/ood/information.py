@@ -163,4 +163,4 @@ def information_gain_bound(moments: Moments) -> Tensor:
         raise UnsupportedError("numbers with a noise of their own", "classes without an order", "Use information_gain.")
     ratio = torch.where(moments.weights == 0, 0.0, moments.weights.double() / moments.noise.double())
     check_finite({"weights / noise": ratio}, "variance ratios", "A number without noise settles its weights at once.")
-    return 0.5 * torch.log1p(ratio).flatten(1).sum(1) if ratio.dim() > 1 else 0.5 * torch.log1p(ratio)
+    return 0.5 * torch.log1p(ratio).reshape(len(ratio), -1).sum(1)
