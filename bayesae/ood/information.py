@@ -45,7 +45,7 @@ def information_gram(draws: Draws) -> Tensor:
     """
     if draws.outputs is None:
         raise UnsupportedError("draws with outputs", "draws without", "Use predictive(x, keep_outputs=True).")
-    outputs = draws.outputs.double().mean(0)
+    outputs = draws.outputs.mean(0, dtype=torch.float64)
     centre = outputs.mean(0)
     apart = (outputs - centre).transpose(0, 1)
     gram = _products(apart, draws.likelihood.output_hessian(centre)) / len(outputs)
