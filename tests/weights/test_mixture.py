@@ -74,6 +74,28 @@ class TestFamily:
             chosen.update(place for place, count in enumerate(mixture.counts(1)) if count)
         assert chosen == {0, 1, 2}
 
+    def test_draws_come_component_after_component(self):
+        parts = [some_particles(2, seed) for seed in range(3)]
+        draws = Mixture(parts).sample(6)["bias"]
+        for place, one in enumerate(parts):
+            found = draws[2 * place : 2 * place + 2]
+            assert sorted(found[:, 0].tolist()) == sorted(one.atoms["bias"][:, 0].tolist())
+
+    def test_a_component_without_a_draw_is_not_asked(self):
+        class Asked(Particles):
+            def sample(self, n):
+                assert n > 0
+                return super().sample(n)
+
+        parts = [Asked(some_particles(1, seed).atoms) for seed in range(3)]
+        assert len(Mixture(parts).sample(1)["bias"]) == 1
+
+    def test_knows_of_noise_at_any_depth(self):
+        one = normal(0)
+        noisy = replace(one, noise=bae.likelihoods.Gaussian(0.4).state_dict())
+        assert Mixture([one, noisy]).has_own_noise and Mixture([one, Mixture([noisy, noisy])]).has_own_noise
+        assert not Mixture([one, one]).has_own_noise and not Mixture([one, Mixture([one])]).has_own_noise
+
     def test_particles_keep_their_probabilities(self):
         equal, other = (
             Mixture([some_particles(2), some_particles(2, 1)]),
@@ -94,6 +116,8 @@ class TestFamily:
             Mixture([])
         with pytest.raises(ParameterError, match="same parameters"):
             Mixture([normal(0), Particles({"weight": torch.zeros(1, 2, 3)})])
+        with pytest.raises(ParameterError, match="2 over 2 choices"):
+            Mixture([normal(0), Particles({"weight": torch.zeros(1, 2, 3), "other": torch.zeros(1, 2)})])
 
         class Bare:
             mean, is_linearised, n_atoms = normal(0).mean, False, None
