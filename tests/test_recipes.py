@@ -107,3 +107,33 @@ def test_weight_posteriors(tmp_path):
     methods = {row.method for row in records.rows}
     assert {"SWAG", "SGHMC", "online Laplace", "mean field, Flipout", "dropout", "SWAG over an ensemble"} <= methods
     assert all(records.mean(method=method, metric="cost") > 0 for method in methods)
+
+
+@pytest.mark.slow
+def test_calibration(tmp_path):
+    records = run("calibration.py", tmp_path)
+    assert {row.method for row in records.rows} == {"MAP", "Laplace", "SWAG", "ensemble"}
+    for kind in ("isotonic", "conformal"):
+        assert records.mean(setting=kind, metric="largest miss") < records.mean(setting="none", metric="largest miss")
+    assert records.mean(method="MAP", setting="rotation 5", metric="NLL, none") > records.mean(
+        method="MAP", setting="none", metric="NLL"
+    )
+
+
+@pytest.mark.slow
+def test_drift(tmp_path):
+    records = run("drift.py", tmp_path, row="| no drift")
+    assert {row.setting for row in records.rows} == {"no drift", "strangers come", "noise grows", "classes go"}
+    alarms = {"method": "martingale, jumper", "setting": "no drift"}
+    assert records.mean(metric="bound", **alarms) == 0.01
+    each = records.mean(method="each row alone", setting="no drift", metric="any false alarm")
+    assert records.mean(metric="any false alarm", **alarms) < each
+
+
+@pytest.mark.slow
+def test_active_learning(tmp_path):
+    records = run("active_learning.py", tmp_path, row="| joint gain, ensemble")
+    errors = [records.mean(setting=f"{n} images", metric="squared error") for n in (20, 40)]
+    assert errors[1] < errors[0]
+    areas = {row.method: row.value for row in records.rows if row.metric == "area"}
+    assert areas["weight draws' labels"] < areas["information gain"]

@@ -59,7 +59,7 @@ def ece(mean: Tensor, x: Tensor, *, n_bins: int = 10) -> BinaryCalibration:
     Args:
         mean: Probability of a 1, in [0, 1].
         x: 0 or 1, of the same shape.
-        n_bins: E; a probability on an edge is in the bin above.
+        n_bins: E; a probability on an edge is in the bin below, as in scikit-learn.
 
     Returns:
         `BinaryCalibration`, float64, of the bins that have pixels.
@@ -77,7 +77,7 @@ def ece(mean: Tensor, x: Tensor, *, n_bins: int = 10) -> BinaryCalibration:
     _check(mean, x)
     p, x = mean.detach().double().flatten(), x.double().flatten()
     edges = torch.linspace(0, 1, n_bins + 1, dtype=p.dtype, device=p.device)[1:-1]
-    place = torch.bucketize(p, edges, right=True)
+    place = torch.bucketize(p, edges)
     count, ones, sums = (torch.bincount(place, part, n_bins) for part in (torch.ones_like(p), x, p))
     full = count > 0
     count, predicted, observed = count[full], (sums[full] / count[full]), (ones[full] / count[full])

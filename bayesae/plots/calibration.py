@@ -44,10 +44,10 @@ def coverage_by_deviation(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]
         The axes.
     """
     axes.axhline(level, color="0.7", linewidth=1)
+    lowest = min(float(inside.min()) for _, inside in curves.values())
     for name, (deviations, inside) in curves.items():
         axes.plot(deviations.cpu(), inside.cpu(), marker=".", label=name)
-    axes.set(
-        xlabel="predicted deviation", ylabel=f"share of pixels inside the {100 * level:g} % interval", ylim=(0, 1.02)
-    )
+    ylabel = f"share of pixels inside the {100 * level:g} % interval"
+    axes.set(xlabel="predicted deviation", ylabel=ylabel, ylim=(min(0.5, lowest - 0.05), 1.02))
     axes.legend(frameon=False, fontsize="small")
     return axes

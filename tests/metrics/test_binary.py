@@ -38,6 +38,10 @@ def test_calibrated_probabilities():
 def test_edges_and_empty_bins():
     found = metrics.ece(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]))
     assert found.error == 0 and found.predicted.tolist() == [0, 1]
+    p, x = np.array([0.25, 0.5, 0.75]), np.array([0.0, 1.0, 1.0])
+    observed, predicted = calibration_curve(x, p, n_bins=2)
+    found = metrics.ece(torch.from_numpy(p), torch.from_numpy(x), n_bins=2)
+    assert np.allclose(found.observed, observed) and np.allclose(found.predicted, predicted)
 
 
 def test_what_is_refused():

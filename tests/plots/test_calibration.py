@@ -26,3 +26,6 @@ def test_coverage_by_deviation_has_a_line_at_the_level():
     assert axes.lines[0].get_ydata() == pytest.approx([0.9, 0.9])
     assert torch.equal(torch.as_tensor(axes.lines[1].get_xdata()), deviations)
     assert axes.get_ylabel() == "share of pixels inside the 90 % interval"
+    assert axes.get_ylim()[0] == 0.5
+    bae.plots.coverage_by_deviation(axes, {"b": (deviations, deviations)}, level=0.9)
+    assert axes.get_ylim()[0] < 0.1  # no point is hidden
