@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +52,8 @@ class Temperature:
             x: Rows that trained nothing, (N, \*data).
 
         Returns:
-            `Rescaled`: ``noise`` is a, ``weights`` is T, ``code`` is 1.
+            `Rescaled`: ``noise`` is a, ``weights`` is T, ``code`` is 1. Warns where one of them is at an end of its
+            range: the rows would have that part of the variance gone, or alone.
         """
         from scipy.optimize import minimize
 
@@ -69,6 +71,12 @@ class Temperature:
             return float(0.5 * (squares / var + var.log()).mean()), gradient.cpu().numpy()
 
         bounds = [(-math.log(_LARGEST), math.log(_LARGEST))] * 2
-        found = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 0, "gtol": 1e-9})
+        found = minimize(
+            loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 0, "gtol": 1e-9}
+        )
+        for name, value in zip(("noise factor", "temperature"), found.x, strict=True):
+            if abs(value) > 0.999 * bounds[0][1]:
+                message = f"The {name} that these rows like best is at the end of its range: {math.exp(value):.3g}."
+                warnings.warn(message, stacklevel=2)
         noise, weights = (torch.tensor(math.exp(value), dtype=parts.dtype) for value in found.x)
         return Rescaled(noise, torch.ones_like(noise), weights)

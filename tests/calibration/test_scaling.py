@@ -81,6 +81,14 @@ class TestTemperature:
             assert nll(replace(fitted, noise=fitted.noise * step)(moments), x) > best
             assert nll(replace(fitted, weights=fitted.weights * step)(moments), x) > best
 
+    def test_a_part_that_the_rows_do_not_want_is_said(self):
+        moments, _ = normal(200)
+        still = moments_of(moments.mean, moments.noise, weights=moments.weights)
+        x = still.mean + (2 * still.weights - 0.15 * still.noise).sqrt()  # less noise than none
+        with pytest.warns(UserWarning, match="noise factor .* end of its range: 1e-06"):
+            fitted = Temperature().fit(still, x)
+        assert 1.5 < float(fitted.weights) < 2
+
     def test_one_network_is_variance_scaling(self):
         moments, x = normal(100)
         plain = moments_of(moments.mean, moments.total)
@@ -94,13 +102,15 @@ class TestTemperature:
         model = bae.Autoencoder(
             bae.nets.mlp(3, [4], 2), bae.nets.mlp(2, [4], 3), bae.likelihoods.Gaussian(0.3)
         ).double()
-        x = torch.randn(30, 3, **F64)
+        x = torch.randn(220, 3, **F64)
         weights = bae.fit_weights(bae.weights.Laplace(), model, x[:20])
         moments = bae.Predictive(model, weights).moments(x)
-        fitted = Temperature().fit(part_of(moments, slice(20, None)), x[20:])
+        held_out = part_of(moments, slice(20, None))
+        spread = (2 * held_out.noise + 3 * held_out.weights).sqrt()
+        fitted = Temperature().fit(held_out, held_out.mean + spread * torch.randn(200, 3, **F64))
         tempered = bae.families.DiagonalNormal(
             weights.mean, weights.var * fitted.weights, weights.subset, is_linearised=True
         )
         found = bae.Predictive(model, tempered).moments(x)
-        assert moments.weights.min() > 0
+        assert moments.weights.min() > 0 and float(fitted.weights) != 1
         assert_close(fitted(moments).weights, found.weights)
