@@ -119,8 +119,8 @@ def test_p_values_are_ranks_in_the_past():
 
 @pytest.mark.parametrize("n_levels", [None, 2], ids=["continuous", "ties"])
 def test_online_p_values_are_independent_and_uniform(n_levels):
-    """Of 400 streams of 5 rows after 3 calibration rows: uniform each, and no two hang together."""
-    scores = torch.distributions.Exponential(1.0).sample((600, 8))
+    """Streams of 5 rows after 3 calibration rows: uniform each, and no two rows hang together."""
+    scores = torch.distributions.Exponential(1.0).sample((1500, 8))
     scores = scores if n_levels is None else (scores * n_levels).floor()
     monitor = DriftMonitor()
     p = torch.stack([
@@ -128,7 +128,7 @@ def test_online_p_values_are_independent_and_uniform(n_levels):
     ])
     assert stats.kstest(p.flatten().numpy(), "uniform").pvalue > 1e-3
     correlations = np.corrcoef(p.T.numpy())[np.triu_indices(5, 1)]
-    assert np.abs(correlations).max() < stats.norm.isf(5e-4 / 10) / math.sqrt(600)
+    assert np.abs(correlations).max() < stats.norm.isf(5e-4 / 10) / math.sqrt(1500)
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
@@ -331,11 +331,22 @@ def test_typicality_sees_both_sides_and_the_windows_of_a_stream():
     stream = torch.cat([torch.randn(100), torch.randn(100) - 1, torch.randn(100) + 1])
     for method in ("permutation", "bootstrap"):
         p = bae.ood.batch_typicality(calibration, stream.unfold(0, 50, 50), method=method).p_values
-        assert bool((p[2:] == 1 / 1000).all()) and bool((p[:2] > 0.01).all())
+        assert bool((p[2:] == 1 / 1000).all()) and bool((p[:2] > 1 / 1000).all())
+
+
+def test_sums_that_differ_in_their_last_bits_are_ties():
+    """Tenths, whose sums round by their order, against whole numbers."""
+    calibration, batches = torch.randint(0, 3, (9,)), torch.randint(0, 3, (30, 3))
+    found = bae.ood.batch_typicality(calibration.double() / 10, batches.double() / 10, n_resamples=99, seed=1)
+    keys = torch.rand(99, 12, generator=torch.Generator().manual_seed(1), **F64)
+    for batch, p in zip(batches, found.p_values, strict=True):
+        pool = torch.cat([calibration, batch])
+        means = [abs(9 * int(pool[row[:3]].sum()) - 3 * int(pool[row[3:]].sum())) for row in keys.argsort(1)]
+        observed = abs(9 * int(batch.sum()) - 3 * int(calibration.sum()))
+        assert float(p) == (1 + sum(value >= observed for value in means)) / 100
 
 
 def test_equal_scores_are_typical():
-    """Sums that differ in their last bits are ties."""
     found = bae.ood.batch_typicality(torch.full((37,), 0.1), torch.full((2, 11), 0.1))
     assert torch.equal(found.p_values, torch.ones(2, **F64))
 
