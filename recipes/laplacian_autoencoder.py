@@ -26,6 +26,10 @@ trains (3.6, 3.6 and 4.2 by 60 epochs: 1.3, 1.4 and 1.7 times the leaky sum's) a
 digits as well, but not lit dead pixels (0.6): its tuned prior is narrow. Without dead pixels the running noise is at
 4.0 against 2.7, and with 10 labels a class its codes classify 0.3 worse than the plain network's.
 
+On MNIST (recorded over seeds 0 to 2, not checked): the code's deviation tells KMNIST by 0.986 +- 0.006 with the running
+noise, 0.86 +- 0.05 with the leaky sum (published 0.999), 0.35 of a VAE (0.566), the outputs' by 0.8 (0.999); border
+pixels set to 0 take at most 0.02 off. With 10 labels a class no posterior's draws beat the plain code's 0.62.
+
 Runtime: digits about three minutes of one core a seed; MNIST ten; ``--fast`` ten seconds.
 """
 
