@@ -44,8 +44,8 @@ def stream_trace(
         if line.dim() != 1:
             raise ShapeError("values (n,)", f"{tuple(line.shape)} of {name}", "Draw one stream a line.")
         rows = [every * (place + 1) for place in range(len(line))]
-        style = {"marker": "."} if every > 1 else {"linewidth": 1.0}
-        axes.plot(rows, line.detach().cpu().double().numpy(), label=name, **style)
+        marker = "." if every > 1 else None
+        axes.plot(rows, line.detach().cpu().double().numpy(), label=name, linewidth=1.0, marker=marker)
     axes.axhline(limit, color="black", linestyle="--", linewidth=0.8, label="alarm")
     if change is not None:
         axes.axvline(change, color="grey", linestyle=":", linewidth=1.2, label="change")
