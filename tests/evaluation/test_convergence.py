@@ -44,10 +44,16 @@ def test_numbers_are_those_of_a_loop_over_draws(model, rows):
 
 
 def test_chains_apart_are_told(model, rows):
-    posterior = chains_of(model, (0.0, 0.5))
-    with pytest.warns(RuntimeWarning, match=r"not come together: .*% of the outputs, 100% of the log-densities"):
+    # a spread so small that even outputs which the shift hardly moves are apart
+    posterior = chains_of(model, (0.0, 0.5), scale=1e-5)
+    with pytest.warns(RuntimeWarning, match=r"not come together: .* 100% of the outputs, 100% of the log-densities"):
         found = evaluation.convergence(bae.Predictive(model, posterior), rows)
-    assert found.shares_apart["outputs"] > 0.9 and found.shares_apart["log-densities of rows"] == 1
+    assert found.shares_apart == {"outputs": 1, "log-densities of rows": 1}
+    # of chains d standard deviations apart R-hat^2 goes to 1 + d^2 / 3
+    means = [bae.Predictive(model, chains_of(model, [one], 1, 0.0)).moments(rows).mean for one in (0.0, 0.5)]
+    outputs = bae.Predictive(model, posterior)(rows, keep_outputs=True).outputs[0].unflatten(0, (2, 40))
+    distance = (means[1] - means[0]) / outputs.var(1).mean(0).sqrt()
+    assert_close(found.output_rhat, (1 + distance**2 / 3).sqrt(), rtol=0.05, atol=0)
     assert float(found.log_likelihood_rhat.min()) > 1.1
     assert found.log_joint is None and found.log_joint_rhat.numel() == 0 and "none" in str(found)
 
