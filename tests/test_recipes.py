@@ -124,10 +124,8 @@ def test_calibration(tmp_path):
 def test_drift(tmp_path):
     records = run("drift.py", tmp_path, row="| no drift")
     assert {row.setting for row in records.rows} == {"no drift", "strangers come", "noise grows", "classes go"}
-    alarms = {"method": "martingale, jumper", "setting": "no drift"}
-    assert records.mean(metric="bound", **alarms) == 0.01
-    each = records.mean(method="each row alone", setting="no drift", metric="any false alarm")
-    assert records.mean(metric="any false alarm", **alarms) < each
+    alarms = {"setting": "no drift", "metric": "any false alarm"}
+    assert records.mean(method="martingale, jumper", **alarms) < records.mean(method="each row alone", **alarms)
 
 
 @pytest.mark.slow
