@@ -16,7 +16,20 @@ error"), and the same for the Normal law clipped to [0, 1] and rounded to grey l
 spread over the levels that they take up ("PIT error"). Then test images are made noisy, turned and blurred in five
 strengths (`datasets.shifted`): NLL, and coverage of 90 % intervals, with the factors of unshifted calibration images.
 
-Runtime: about ten minutes of one core a data set and seed; ``--fast`` (digits) half a minute.
+Target: intervals of 50, 80, 90 and 95 % within two points of their level after recalibration (checked at the end for
+isotonic and conformal ones). Expected on MNIST (seed 0): as they are, 50 % intervals hold 53 to 54 % of the pixels
+and 95 % intervals 87 to 88 %, because errors have heavier tails than a Normal law. A factor of the variance cannot
+repair that: it gains 0.07 to 0.09 nats a pixel and leaves a largest miss of 12 points, at 50 %. Isotonic and
+conformal intervals miss by 0.4 points at most, and lose NLL to the factor: their deviation is that of the middle, not
+of the tails. Pooled ones hold on average only: isotonic 90 % intervals hold 97 to 98 % of the tenth of pixels with
+the smallest predicted deviation and 86 % of that with the largest (MAP has no deviations to rank); those by position
+91 % and 89 to 90 %. The best temperatures are large (14 for the ensemble; 31 for Laplace, with the noise gone):
+held-out images want more variance of the weights than there is. Under the strongest noise that variance cuts the NLL
+as it is, 0.335 nats a pixel for MAP, to 0.133 (Laplace) and 0.199 (ensemble); with the variance scaled from -0.001 to
+-0.055 and -0.042. Turned and blurred images are smoother than the originals, and easier than they at angles up to 30
+degrees and at all blurs. "PIT error" stays at 0.16 to 0.17 whatever is done: the clipped law is not the one that was
+fitted.
+Runtime: three minutes of one core a data set and seed; ``--fast`` (digits) ten seconds.
 """
 
 from __future__ import annotations
@@ -150,8 +163,7 @@ def measure(fitted: calibration.Recalibrated, moments: bae.Moments, x: Tensor) -
     observed = torch.tensor([share(x <= fitted.quantile(moments, float(level))) for level in levels])
     edges = metrics.deviation_edges(var)
     decile = torch.bucketize(var.double().sqrt(), torch.tensor(edges, dtype=torch.float64))
-    for k, deviation in enumerate(metrics.ence(mean, var, x, edges=edges).deviation):
-        found[f"deviation, decile {k + 1}"] = float(deviation)
+    for k in range(len(edges) + 1):
         found[f"coverage 90, decile {k + 1}"] = share(inside[0.9][decile == k])
     return {
         "NLL": float(metrics.gaussian_nll(mean, var, x).double().mean()),
@@ -255,13 +267,11 @@ def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
     print(f"figure: {path}")
 
 
-def by_decile(rows: Sequence[report.Record], kind: str, method: str) -> tuple[Tensor, Tensor]:
-    """Mean deviation and coverage of each decile; where deviations are equal there are fewer."""
+def by_decile(rows: Sequence[report.Record], kind: str, method: str) -> Tensor:
+    """Coverage of 90 % intervals by decile of the predicted deviation; fewer where deviations are equal."""
     of_method = report.Records([row for row in rows if row.setting == kind and row.method == method])
-    names = {row.metric for row in of_method.rows}
-    places = [k for k in range(1, 11) if f"deviation, decile {k}" in names]
-    parts = [[of_method.mean(metric=f"{what}, decile {k}") for k in places] for what in ("deviation", "coverage 90")]
-    return torch.tensor(parts[0]), torch.tensor(parts[1])
+    names = dict.fromkeys(row.metric for row in of_method.rows if row.metric.startswith("coverage 90, decile"))
+    return torch.tensor([of_method.mean(metric=name) for name in names])
 
 
 def draw_shift(axes: Axes, records: report.Records, data: str, methods: Sequence[str], shift: str) -> None:
@@ -298,6 +308,10 @@ def main() -> None:
                 sep="\n",
                 end="\n\n",
             )
+    for config in (one for one in configs if one is not FAST):
+        for kind in ("isotonic", "conformal", "conformal by position"):
+            for method in dict.fromkeys(row.method for row in records.rows):
+                records.expect(0.0, 2.0, data=config.data, setting=kind, method=method, metric="largest miss")
     found = report.Records.load(flags.json) if flags.json else records
     draw(found, list(dict.fromkeys(row.data for row in found.rows)), flags.figures / "calibration.png")
 

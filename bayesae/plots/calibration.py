@@ -31,23 +31,23 @@ def coverage(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]]) -> Axes:
     return axes
 
 
-def coverage_by_deviation(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]], *, level: float) -> Axes:
-    """Draw the share of data inside intervals of one level for values of small and of large predicted deviation.
+def coverage_by_deviation(axes: Axes, curves: Mapping[str, Tensor], *, level: float) -> Axes:
+    """Draw the share of data inside intervals of one level from values of small to values of large predicted deviation.
 
     Args:
         axes: Where to draw.
-        curves: Mean predicted deviation of each bin, units of x, and coverage in it, (E,) each, by the predictive's
-            name.
+        curves: Coverage in bins of the predicted deviation that hold as many values each, rising, (E,), by the
+            predictive's name; E may differ. A single bin, where all deviations are equal, is a dot in the middle.
         level: Of the intervals: a line across, where all points are if deviations are right everywhere.
 
     Returns:
         The axes.
     """
     axes.axhline(level, color="0.7", linewidth=1)
-    lowest = min(float(inside.min()) for _, inside in curves.values())
-    for name, (deviations, inside) in curves.items():
-        axes.plot(deviations.cpu(), inside.cpu(), marker=".", label=name)
-    ylabel = f"share of pixels inside the {100 * level:g} % interval"
-    axes.set(xlabel="predicted deviation", ylabel=ylabel, ylim=(min(0.5, lowest - 0.05), 1.02))
+    lowest = min(float(inside.min()) for inside in curves.values())
+    for name, inside in curves.items():
+        axes.plot([(k + 0.5) / len(inside) for k in range(len(inside))], inside.cpu(), marker=".", label=name)
+    xlabel, ylabel = "rank of the predicted deviation", f"share of pixels inside the {100 * level:g} % interval"
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 1), ylim=(min(0.5, lowest - 0.05), 1.02))
     axes.legend(frameon=False, fontsize="small")
     return axes

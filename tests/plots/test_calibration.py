@@ -21,11 +21,12 @@ def test_coverage_draws_the_diagonal_and_every_curve():
 
 
 def test_coverage_by_deviation_has_a_line_at_the_level():
-    axes, deviations = Figure().subplots(), torch.tensor([0.1, 0.2, 0.4])
-    bae.plots.coverage_by_deviation(axes, {"a": (deviations, 1 - deviations)}, level=0.9)
+    axes, inside = Figure().subplots(), torch.tensor([0.9, 0.8, 0.6])
+    bae.plots.coverage_by_deviation(axes, {"a": inside, "one": inside[:1]}, level=0.9)
     assert axes.lines[0].get_ydata() == pytest.approx([0.9, 0.9])
-    assert torch.equal(torch.as_tensor(axes.lines[1].get_xdata()), deviations)
+    assert axes.lines[1].get_xdata().tolist() == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    assert torch.equal(torch.as_tensor(axes.lines[1].get_ydata()), inside) and axes.lines[2].get_xdata() == [0.5]
     assert axes.get_ylabel() == "share of pixels inside the 90 % interval"
     assert axes.get_ylim()[0] == 0.5
-    bae.plots.coverage_by_deviation(axes, {"b": (deviations, deviations)}, level=0.9)
+    bae.plots.coverage_by_deviation(axes, {"b": 1 - inside}, level=0.9)
     assert axes.get_ylim()[0] < 0.1  # no point is hidden
