@@ -7,6 +7,7 @@ from bayesae.codes.encode import encode
 from bayesae.codes.flows import AutoregressiveFlow, Flow, Flowed, LawFamily, Planar, Radial, Zuko, import_zuko
 from bayesae.codes.gradients import NormalGradients, normal_gradients
 from bayesae.codes.hamiltonian import Hamiltonian, Leapfrog
+from bayesae.codes.hmc import HMC, Chains, HMCState
 from bayesae.codes.importance import Importance
 from bayesae.codes.laplace import Laplace
 from bayesae.codes.laws import DiagonalLaw, Law, RankOneLaw, TriangularLaw
@@ -14,14 +15,17 @@ from bayesae.codes.refined import Refined
 from bayesae.codes.wrappers import Consistent, Perturbed
 
 __all__ = [
+    "HMC",
     "Amortised",
     "AutoregressiveFlow",
+    "Chains",
     "CodeModel",
     "CodePosterior",
     "Consistent",
     "DiagonalLaw",
     "Flow",
     "Flowed",
+    "HMCState",
     "Hamiltonian",
     "HasLaw",
     "Importance",
