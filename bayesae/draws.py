@@ -222,7 +222,7 @@ def concatenate_weight_draws(pieces: Sequence[Draws]) -> Draws:
     n_others = sum(not _is_same(first.likelihood, piece.likelihood) for piece in pieces)
     if first.outputs is not None and n_others:
         got = f"others than the first in {n_others} of {len(pieces)} pieces, as of a mixture that learned several"
-        fix = "Leave keep_outputs out, or predict from the components one by one."
+        fix = "Predict from the components one by one, or without outputs (keep_outputs=False)."
         raise UnsupportedError("one likelihood of all outputs", got, fix)
     return _joined(pieces, {name: axis - 1 for name, axis in _ROW_AXES[Draws].items()})
 

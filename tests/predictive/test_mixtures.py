@@ -150,8 +150,10 @@ def test_outputs_of_several_noises_are_not_kept_under_one():
     """The draws' likelihood scores all of their outputs again, to what each component said of them."""
     model = small_model(bae.likelihoods.Gaussian())
     several = bae.Predictive(model, Mixture(with_noise(model, 0.1, 0.4, 0.4)))
-    with pytest.raises(UnsupportedError, match="one likelihood.*in 2 of 3 pieces.*Leave keep_outputs out"):
+    with pytest.raises(UnsupportedError, match="one likelihood.*in 2 of 3 pieces.*components one by one"):
         several(ROWS, n_weight_draws=6, seed=0, keep_outputs=True)
+    with pytest.raises(UnsupportedError, match="one likelihood"):
+        several.reduce(bae.ood.all_scores, ROWS, n_weight_draws=6, seed=0)
     assert several(ROWS, n_weight_draws=6, seed=0).outputs is None
     one = bae.Predictive(model, several.weights.components[1])
     for predictive, n in ((bae.Predictive(model, Mixture(with_noise(model, 0.4, 0.4))), 6), (several, 1), (one, 6)):
