@@ -27,7 +27,6 @@ from bayesae.training.loop import Loop, rows_of_pass
 from bayesae.training.options import check_callable, check_prior
 from bayesae.types import Batch, Params, WeightPosterior, WeightPrior
 from bayesae.weights import WeightInference
-from bayesae.weights.laplace import Laplace
 
 __all__ = ["fit_weights", "log_joint"]
 
@@ -159,10 +158,6 @@ def fit_weights(
     check_counts(batch_size=batch_size, n_latent_draws=n_latent_draws)
     check_callable(objective=objective, codes=codes)
     n_data, seed = count_rows(data, n_data), same_seed(seed)
-    if isinstance(inference, Laplace) and inference.epochs > 1 and rows_of_pass(data, n_data) != n_data:
-        got = f"n_data = {n_data} for {rows_of_pass(data, n_data)} rows"
-        fix = "Structures of one pass, such as 'kronecker', scale their sums to any n_data."
-        raise DataError(f"n_data rows in each of the {inference.epochs} passes of {inference.structure!r}", got, fix)
     frozen = copy.deepcopy(model).eval()
     params = parameters_of(frozen.network)
     check_finite(params, "weights of the model", "Did fit_model diverge?")
