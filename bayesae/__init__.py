@@ -41,6 +41,7 @@ from bayesae import (
 from bayesae.adapters import from_laplace
 from bayesae.draws import Draws, Moments
 from bayesae.files import load, save
+from bayesae.imputation import Imputations, impute
 from bayesae.joint import IndependentNormal, IsotropicNormal, LogJoint, ScaleMixture
 from bayesae.models import Autoencoder, wrap
 from bayesae.predictive import Predictive
@@ -74,6 +75,7 @@ __all__ = [
     "EvidenceResult",
     "HeldOut",
     "History",
+    "Imputations",
     "IndependentNormal",
     "IsotropicNormal",
     "LogJoint",
@@ -99,6 +101,7 @@ __all__ = [
     "functional",
     "held_out_precision",
     "imputation",
+    "impute",
     "likelihoods",
     "load",
     "log_joint",

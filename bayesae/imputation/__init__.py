@@ -1,5 +1,27 @@
 """Missing entries as draws: methods over codes and weights, intervals, parts of the variance, pooled estimates."""
 
+from bayesae.imputation.base import Found, Method, Problem
 from bayesae.imputation.chain import Completions, impute_by_chain
+from bayesae.imputation.door import impute
+from bayesae.imputation.iterated import FixedPoint, MetropolisGibbs, PseudoGibbs
+from bayesae.imputation.latent import CodeHMC, CodeLaplace, ImportanceResampling
+from bayesae.imputation.pooling import Pooled, pool
+from bayesae.imputation.record import Imputations
 
-__all__ = ["Completions", "impute_by_chain"]
+__all__ = [
+    "CodeHMC",
+    "CodeLaplace",
+    "Completions",
+    "FixedPoint",
+    "Found",
+    "ImportanceResampling",
+    "Imputations",
+    "Method",
+    "MetropolisGibbs",
+    "Pooled",
+    "Problem",
+    "PseudoGibbs",
+    "impute",
+    "impute_by_chain",
+    "pool",
+]

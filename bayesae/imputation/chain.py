@@ -16,7 +16,7 @@ from bayesae.functional import check_finite, select_draws
 from bayesae.predictive import Predictive
 from bayesae.types import Batch
 
-__all__ = ["Completions", "impute_by_chain"]
+__all__ = ["Chain", "Completions", "impute_by_chain"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def impute_by_chain(
         singles = [(own, select_draws(params, slice(s, s + 1))) for own, params, n in shares for s in range(n)]
         for own, params in singles:
             model = own.at(params)
-            state, path = _Chain(model, codes, rows, metropolis), []
+            state, path = Chain(model, codes, rows, metropolis), []
             for step in range(n_burn_in + n_steps):
                 state.step()
                 if step >= n_burn_in and (step - n_burn_in) % thinning == 0:
@@ -130,7 +130,7 @@ def impute_by_chain(
     return Completions(draws, rows.mask, torch.stack(accepted))
 
 
-class _Chain:
+class Chain:
     """One chain for every row, under one draw of the weights.
 
     Args:

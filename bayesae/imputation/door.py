@@ -1,0 +1,220 @@
+"""`impute`: missing entries of rows, drawn under draws of the weights by any of the methods."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesae import random
+from bayesae.codes import Laplace, encode
+from bayesae.data import Data, as_rows, as_tensor, check_counts
+from bayesae.errors import DataError, UnsupportedError
+from bayesae.functional import check_finite
+from bayesae.functional import n_draws as n_draws_of
+from bayesae.imputation.assembling import assembled, concatenated, merged
+from bayesae.imputation.base import Found, Method, Problem
+from bayesae.imputation.iterated import FixedPoint
+from bayesae.imputation.latent import ImportanceResampling
+from bayesae.imputation.record import Imputations
+from bayesae.predictive import Predictive
+from bayesae.predictive.streams import chunks
+from bayesae.types import Batch, Params
+
+__all__ = ["impute", "incomplete_rows"]
+
+_AT_ONCE = 2**15  # network rows in one call
+_CODES = 5  # of a weight draw where the caller does not say how many there are to be
+_SHARE, _LOW_ESS, _HIGH_RHAT, _LOW_ACCEPTANCE = 0.05, 0.1, 1.1, 0.05
+
+Block = tuple[Predictive, Params]
+
+
+@torch.no_grad()
+def impute(
+    predictive: Predictive,
+    x: Data,
+    mask: Tensor | np.ndarray | None = None,
+    *,
+    method: Method | None = None,
+    n_draws: int = 50,
+    n_weight_draws: int | None = None,
+    seed: int | None = None,
+    chunk_size: int | None = None,
+) -> Imputations:
+    r"""Draw the missing entries of rows, under draws of the weights.
+
+    .. math:: \theta_s \sim q(\theta), \qquad z_{sk} \sim p(z \mid x_o, \theta_s), \qquad
+              x_m \sim p(x_m \mid z_{sk}, \theta_s)
+
+    The likelihood sees observed entries only, and what stands in the places of the others does not matter. A row
+    without any observed entry is drawn from the prior of the code, and a warning says how many there are. A linearised
+    predictive stays so: outputs are expanded in the weights at every code.
+
+    Args:
+        predictive: Model, weights and codes.
+        x: Rows (N, \*data), NaN where an entry is missing, or anything there with a mask.
+        mask: True where x is observed, (N, \*data); None: where x is not NaN, or the mask of a `Batch`.
+        method: How codes are drawn: `FixedPoint`, `PseudoGibbs`, `MetropolisGibbs`, `ImportanceResampling`,
+            `CodeLaplace`, `CodeHMC`. None: ``FixedPoint(noise=True)`` for a plain encoder, whose code has no law;
+            else ``ImportanceResampling(proposal=codes.Laplace())``.
+        n_draws: M = S K.
+        n_weight_draws: S, which must divide M. None: all particles once if their number divides M; of a continuous
+            posterior a fifth of M, or the nearest smaller number that divides it; M where codes are points, or
+            nothing else does.
+        seed: The same seed gives the same bits; the caller's generators are put back. None advances them.
+        chunk_size: Network rows in one call, 32,768 if None; it changes memory, and which random numbers a row gets.
+
+    Returns:
+        `Imputations`.
+
+    Exact when: as the method says, given the model; in the draws of the weights always.
+    Biased when: entries are missing because of what they would have been (not at random): no method here models why.
+    Cost: S times the method's; memory of all M draws of all rows.
+
+    Raises:
+        ShapeError: If rows or mask do not fit.
+        DataError: If there is no mask and no NaN, nothing is missing, rows lie outside the likelihood's range, or
+            numbers of draws do not fit.
+        NonFiniteError: If an observed entry is infinite or NaN, or a draw or moment is.
+        UnsupportedError: If the method is none, does not go with the codes, or rows have a target of their own.
+
+    Example:
+        >>> import torch, bayesae as bae
+        >>> world = bae.testing.LinearGaussian.make(n_data=4)
+        >>> model = world.model("full")
+        >>> weights = bae.fit_weights(bae.weights.MAP(), model, world.x, progress=False)
+        >>> x = world.x.clone()
+        >>> x[:, 2] = torch.nan
+        >>> predictive = bae.Predictive(model, weights, bae.codes.Amortised("full"))
+        >>> tuple(bae.impute(predictive, x, method=bae.imputation.CodeLaplace(), n_draws=20, seed=0).draws.shape)
+        (20, 4, 7)
+    """
+    check_counts(n_draws=n_draws, **({} if chunk_size is None else {"chunk_size": chunk_size}))
+    if method is None:
+        is_point = predictive.codes is None or predictive.codes is encode
+        method = FixedPoint(noise=True) if is_point else ImportanceResampling(proposal=Laplace())
+    if isinstance(method, type) or not isinstance(method, Method):
+        fix = "Give an object, method=bae.imputation.CodeHMC() say."
+        raise UnsupportedError("a method of imputation, or None", repr(method)[:80], fix)
+    n_weights = _n_weight_draws(predictive, method, n_draws, n_weight_draws)
+    n_codes = n_draws // n_weights
+    rows = incomplete_rows(predictive, x, mask)
+    size = _AT_ONCE if chunk_size is None else chunk_size
+    n_calls = max(method.n_parallel(n_codes, n_weights), n_draws)
+    with random.scope(seed, rows.x.device):
+        blocks = list(predictive._weight_blocks(n_weights, n_codes, size))
+        parts = [_imputed(blocks, batch, method, n_codes) for batch in chunks(rows, n_calls, size)]
+    result = concatenated(parts)
+    fix = "Is the noise of the likelihood fitted, with two moments?"
+    named = {name: getattr(result.moments, name) for name in ("mean", "noise", "code", "weights")}
+    check_finite({"draws": result.draws} | named, "imputations", fix)
+    _warn(result, rows_observed(rows), method)
+    return result
+
+
+def incomplete_rows(predictive: Predictive, x: Data, mask: Tensor | np.ndarray | None) -> Batch:
+    r"""Rows with a mask, checked, 0 where an entry is missing.
+
+    Args:
+        predictive: Whose model will see them.
+        x: Rows (N, \*data).
+        mask: True where x is observed; None: where x is not NaN, or the mask that the rows bring along.
+
+    Returns:
+        The rows, with row numbers.
+
+    Raises:
+        DataError: If nothing says what is missing, nothing is, or rows lie outside the likelihood's range.
+        UnsupportedError: If rows have a target of their own.
+    """
+    if mask is None and (isinstance(x, Tensor | np.ndarray) or (isinstance(x, Batch) and x.mask is None)):
+        mask = ~torch.isnan(as_tensor(x.x if isinstance(x, Batch) else x))
+    rows = as_rows(x, predictive.model.reference, None if mask is None else as_tensor(mask))
+    if rows.mask is None:
+        raise DataError("a mask that says what is missing", "none", "Give mask=, True where x is observed.")
+    if bool(rows.mask.all()):
+        raise DataError("a missing entry", "rows without any", "Mark missing entries by NaN, or by False in mask=.")
+    if rows.target is not None:
+        raise UnsupportedError("rows that explain themselves", "a target of their own", "Leave it out of the Batch.")
+    predictive.model.likelihood.check(rows.x)
+    return rows
+
+
+def rows_observed(rows: Batch) -> Tensor:
+    """Whether a row has any observed entry, (N,)."""
+    assert rows.mask is not None
+    return rows.mask.flatten(1).any(1)
+
+
+def _n_weight_draws(predictive: Predictive, method: Method, n_draws: int, given: int | None) -> int:
+    if given is not None:
+        check_counts(n_weight_draws=given)
+        if n_draws % given:
+            fix = "Give n_draws= a multiple of it."
+            raise DataError(f"n_weight_draws that divides the {n_draws} draws", f"{given}", fix)
+        return given
+    n_atoms = predictive.weights.n_atoms
+    if n_atoms is not None:
+        return n_atoms if n_draws % n_atoms == 0 else n_draws
+    if not method.draws_codes:
+        return n_draws
+    most = n_draws // _CODES
+    n = max((n for n in range(1, most + 1) if n_draws % n == 0), default=1)
+    return n if 2 * n >= most and n > 1 else n_draws
+
+
+def _imputed(blocks: Sequence[Block], rows: Batch, method: Method, n_codes: int) -> Imputations:
+    """Some rows under all weight draws; those without an observed entry from the prior of the code."""
+    observed = rows_observed(rows)
+    known, unknown = (_selected(rows, chosen) for chosen in (observed, ~observed))
+    first, pieces = 0, []
+    for own, params in blocks:
+        found = method(Problem(own, params, known, first), n_codes) if len(known.x) else None
+        prior = _from_prior(Problem(own, params, unknown, first), n_codes) if len(unknown.x) else None
+        pieces.append((own.model.likelihood, merged(found, prior, observed)))
+        first += n_draws_of(params)
+    return assembled(pieces, rows, method.has_noise, blocks[0][0].weights.n_atoms)
+
+
+def _selected(rows: Batch, chosen: Tensor) -> Batch:
+    if bool(chosen.all()):
+        return rows
+    named = {name: value[chosen.to(value.device)] for name, value in rows._asdict().items() if value is not None}
+    return Batch(**named)
+
+
+def _from_prior(problem: Problem, n_codes: int) -> Found:
+    model, rows = problem.model, problem.rows
+    like = model.encode(rows.x, rows.context)
+    latents = torch.randn(n_codes, *like.shape, dtype=like.dtype, device=like.device)
+    return Found(model.decode(latents, rows.context), torch.full_like(like[..., 0], n_codes))
+
+
+def _warn(result: Imputations, observed: Tensor, method: Method) -> None:
+    """Say what the numbers are worth, where that is little."""
+    name, n = type(method).__name__, len(result.draws)
+    if n_empty := int((~observed).sum()):
+        text = f"{n_empty} of {len(observed)} rows have no observed entry: they are draws from the prior"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+    checks = {
+        f"an effective sample size below {_LOW_ESS:.0%} of their {n} draws": result.ess < _LOW_ESS * n,
+        f"a split R-hat above {_HIGH_RHAT:g}": None if result.rhat is None else result.rhat > _HIGH_RHAT,
+        f"under {_LOW_ACCEPTANCE:.0%} of their proposals taken": (
+            None if result.acceptance is None else result.acceptance < _LOW_ACCEPTANCE
+        ),
+        "chains that diverged": None if result.n_divergent is None else result.n_divergent > 0,
+    }
+    if isinstance(method, FixedPoint) and result.residual is not None:
+        checks["not come to a fixed point"] = result.residual > method.tolerance
+    said = [f"{float(bad.double().mean()):.0%} have {what}" for what, bad in checks.items() if _is_common(bad)]
+    if said:
+        fix = "Their draws may be far from the posterior: give more steps, or another method."
+        warnings.warn(f"of the rows imputed by {name}, {', '.join(said)}. {fix}", RuntimeWarning, stacklevel=4)
+
+
+def _is_common(bad: Tensor | None) -> bool:
+    return bad is not None and float(bad.double().mean()) > _SHARE

@@ -1,0 +1,211 @@
+"""`impute`: what it takes, what it refuses, linearised weights, rows without anything observed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae.imputation import CodeHMC, CodeLaplace, FixedPoint, ImportanceResampling, PseudoGibbs
+from bayesae.imputation.linearised import Linearised
+from tests.conftest import small_model
+from tests.imputation.worlds import MISSING, conditional, leaves_of, mask_of, predictive_of, world
+
+
+def normal_weights(model, var=1.0, *, is_linearised):
+    subset = bae.Subset.of(model.network, ["decoder.**"])
+    mean = bae.functional.parameters_of(model.network)
+    variances = torch.full((len(subset),), var, dtype=torch.float64)
+    return bae.families.DiagonalNormal(mean, variances, subset, is_linearised=is_linearised)
+
+
+class TestLinearisedWeights:
+    @pytest.mark.parametrize("method", [CodeLaplace(2), CodeHMC(5, 10), ImportanceResampling(50)], ids=str)
+    @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
+    def test_change_nothing_where_outputs_are_linear_in_them(self, method):
+        made = world()
+        model, mask = made.model("diagonal"), mask_of(6)
+        found = []
+        for is_linearised in (True, False):
+            predictive = bae.Predictive(
+                model, normal_weights(model, is_linearised=is_linearised), codes=bae.codes.amortised
+            )
+            found.append(bae.impute(predictive, made.x[:6], mask, method=method, n_draws=10, seed=0))
+        assert found[0].n_weight_draws == 2
+        assert_close(found[0].draws, found[1].draws, rtol=0, atol=1e-8)
+        assert bool((found[0].moments.weights[:, MISSING] > 0).any())
+
+    def test_equal_a_loop_of_products(self):
+        model = small_model()
+        mean = {name: leaf[None] for name, leaf in bae.functional.parameters_of(model.network).items()}
+        params = {name: leaf + 0.1 * torch.randn(3, *leaf.shape[1:]).double() for name, leaf in mean.items()}
+        bound, z = Linearised(model, mean, params), torch.randn(4, 3, 5, 2).double()
+        outputs = bound.decode(z)
+        assert outputs.shape == (4, 3, 5, 7)
+        for s in range(3):
+            shift = {name: params[name][s : s + 1] - leaf for name, leaf in mean.items()}
+            for k in range(4):
+
+                def run(p, z=z[k, s]):
+                    return model.at(p).decode(z[None])[0]
+
+                value, slope = torch.func.jvp(run, (mean,), (shift,))
+                assert_close(outputs[k, s], value + slope, rtol=0, atol=1e-12)
+
+    def test_of_a_laplace_posterior_in_six_lines(self):
+        made = world()
+        model = bae.Autoencoder(bae.nets.mlp(5, [8], 2), bae.nets.mlp(2, [8], 5), bae.likelihoods.Gaussian()).double()
+        bae.fit_model(model, made.x, epochs=3, seed=0, progress=False)
+        weights = bae.fit_weights(bae.weights.Laplace(), model, made.x, progress=False)
+        found = bae.impute(bae.Predictive(model, weights), made.x, mask_of(40), n_draws=20, seed=0)
+        assert found.n_weight_draws == 20 and found.draws.shape == (20, 40, 5)
+        assert bool((found.moments.weights[:, MISSING] > 0).all() and (found.moments.noise[:, MISSING] > 0).all())
+
+
+class TestRowsWithNothingObserved:
+    @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
+    @pytest.mark.parametrize(
+        "method",
+        [FixedPoint(noise=True), PseudoGibbs(2, 8), CodeLaplace(1), CodeHMC(3, 8)],
+        ids=lambda m: type(m).__name__,
+    )
+    def test_are_drawn_from_the_prior(self, method):
+        made = world()
+        x = made.x[:1].expand(400, 5)
+        mask = mask_of(400)
+        mask[::2] = False
+        predictive = predictive_of(made.model("diagonal"), bae.codes.amortised)
+        with pytest.warns(RuntimeWarning, match="200 of 400 rows have no observed entry"):
+            found = bae.impute(predictive, x, mask, method=method, n_draws=5, seed=0, chunk_size=500)
+        drawn = found.draws[:, ::2].flatten(0, 1)
+        cov = made.weight @ made.weight.T + torch.eye(5).double()
+        shift = (drawn - made.bias).mean(0) / (cov.diagonal() / 1000).sqrt()
+        assert float(shift.abs().max()) < 4
+        assert float(((drawn - made.bias).square().mean(0) / cov.diagonal() - 1).abs().max()) < 4 * (2 / 1000) ** 0.5
+        assert bool((found.ess[::2] == 5).all()) and torch.equal(found.draws[:, mask], x[mask].expand(5, -1))
+
+    def test_alone_are_all_there_is(self):
+        made = world()
+        with pytest.warns(RuntimeWarning, match="3 of 3 rows"):
+            found = bae.impute(
+                predictive_of(made.model("location"), None), torch.full((3, 5), torch.nan), method=CodeHMC(), n_draws=5
+            )
+        assert found.draws.shape == (5, 3, 5) and found.rhat is None and bool(found.draws.isfinite().all())
+
+
+class TestNumbersOfDraws:
+    def n_weights(self, n_draws, method, n_atoms=None, given=None):
+        made = world()
+        model = made.model("diagonal")
+        if n_atoms is None:
+            predictive = bae.Predictive(
+                model, normal_weights(model, 1e-4, is_linearised=False), codes=bae.codes.amortised
+            )
+        else:
+            predictive = predictive_of(model, bae.codes.amortised, shifts=(0.0,) * n_atoms)
+        options = {"method": method, "n_draws": n_draws, "n_weight_draws": given, "seed": 0}
+        return bae.impute(predictive, made.x[:2], mask_of(2), **options).n_weight_draws
+
+    def test_of_weights(self):
+        laplace = CodeLaplace(1)
+        assert self.n_weights(50, laplace) == 10 and self.n_weights(20, laplace) == 4
+        assert self.n_weights(7, laplace) == 7  # nothing divides it
+        assert self.n_weights(50, laplace, n_atoms=1) == 1 and self.n_weights(50, laplace, n_atoms=5) == 5
+        assert self.n_weights(50, laplace, n_atoms=3) == 50
+        assert self.n_weights(50, laplace, given=25) == 25
+        assert self.n_weights(12, FixedPoint(500, 1e-3)) == 12
+
+    def test_chunks_bound_memory_and_change_no_law(self):
+        made = world()
+        predictive = predictive_of(made.model("location"), None)
+        options = {"method": CodeLaplace(1), "n_draws": 400, "seed": 0}
+        whole, parts = (
+            bae.impute(predictive, made.x[:5], mask_of(5), chunk_size=size, **options) for size in (None, 400)
+        )
+        assert_close(whole.moments.total, parts.moments.total, rtol=0, atol=1e-10)  # codes are keyed on rows
+        assert not torch.equal(whole.draws, parts.draws)
+
+    def test_a_mixture_completes_with_the_noise_of_its_components(self):
+        made = world()
+        model = made.model("full")
+        subset, parts = bae.Subset.of(model.network), []
+        for scale in (1e-6, 1e3):
+            noise = bae.likelihoods.Gaussian(scale).double().state_dict()
+            zeros = torch.zeros(len(subset), dtype=torch.float64)
+            parts.append(bae.families.DiagonalNormal(leaves_of(model), zeros, subset, noise=noise))
+        predictive = bae.Predictive(model, bae.families.Mixture(parts), codes=bae.codes.Amortised("full"))
+        x = made.x[:1].expand(40, 5)
+        found = bae.impute(predictive, x, mask_of(40), method=CodeLaplace(1), n_draws=20, n_weight_draws=2, seed=0)
+        spread = found.draws[..., MISSING].std(1).amax(-1)
+        assert bool((spread[:10] < 20).all()) and bool((spread[10:] > 300).all())
+
+
+def test_without_a_method_it_follows_the_code():
+    made = world()
+    x, mask = made.x[:1].expand(300, 5), mask_of(300)
+    mean, cov = conditional(made, x)
+    for family, codes in (("location", None), ("full", bae.codes.Amortised("full"))):
+        found = bae.impute(predictive_of(made.model(family), codes), x, mask, n_draws=30, seed=0)
+        assert (found.residual is None) == (family == "full")
+        assert_close(found.mean[:, MISSING].mean(0), mean[0], rtol=0, atol=0.1)
+    assert_close(found.variance[:, MISSING].mean(0), cov.diagonal(), rtol=0.1, atol=0)
+
+
+class TestErrors:
+    def run(self, x=None, mask=None, codes=None, **kwargs):
+        made = world()
+        x = made.x if x is None else x
+        predictive = predictive_of(made.model("location"), codes)
+        return bae.impute(predictive, x, mask, **({"method": CodeLaplace(1), "n_draws": 4} | kwargs))
+
+    def test_rows_and_masks(self):
+        x, mask = world().x, mask_of(40)
+        with pytest.raises(bae.errors.DataError, match="a missing entry; got rows without any"):
+            self.run(x)
+        with pytest.raises(bae.errors.DataError, match="a missing entry"):
+            self.run(x, torch.ones_like(mask))
+        with pytest.raises(bae.errors.ShapeError, match="a mask of"):
+            self.run(x, mask[:, :4])
+        with pytest.raises(bae.errors.ShapeError, match="a mask of"):
+            self.run(x, mask.float())
+        infinite = torch.where(mask, x, torch.nan)
+        infinite[3, 0] = torch.inf
+        with pytest.raises(bae.errors.NonFiniteError, match="1 NaN or infinite values in 'x'"):
+            self.run(infinite)
+        with pytest.raises(bae.errors.NonFiniteError, match="finite data"):
+            self.run(torch.where(mask, torch.nan, x), mask)
+        with pytest.raises(bae.errors.UnsupportedError, match="explain themselves"):
+            self.run(bae.Batch(x, mask, target=x))
+        with pytest.raises(bae.errors.DataError, match="a mask that says"):
+            self.run(torch.utils.data.TensorDataset(x))
+        with pytest.raises(bae.errors.DataError, match="at least one row"):
+            self.run(x[:0], mask[:0])
+
+    def test_arguments(self):
+        x, mask = world().x, mask_of(40)
+        with pytest.raises(bae.errors.UnsupportedError, match="a method of imputation"):
+            self.run(x, mask, method=CodeLaplace)
+        with pytest.raises(bae.errors.DataError, match="n_draws of at least 1"):
+            self.run(x, mask, n_draws=0)
+        with pytest.raises(bae.errors.DataError, match="n_weight_draws that divides the 4 draws"):
+            self.run(x, mask, n_weight_draws=3)
+        with pytest.raises(bae.errors.UnsupportedError, match="a Normal code posterior"):
+            self.run(x, mask, method=PseudoGibbs())
+        with pytest.raises(bae.errors.UnsupportedError, match="a proposal with a density"):
+            self.run(x, mask, method=ImportanceResampling())
+        with pytest.raises(bae.errors.DataError, match="n_steps of at least 8 for 16 codes of 2 chains"):
+            self.run(x, mask, method=CodeHMC(1, 4), n_draws=16)
+        for bad in (lambda: CodeHMC(n_chains=0), lambda: PseudoGibbs(n_steps=0), lambda: CodeLaplace(0)):
+            with pytest.raises(bae.errors.DataError, match="of at least 1"):
+                bad()
+        with pytest.raises(bae.errors.DataError, match="tolerance, a number above 0"):
+            FixedPoint(tolerance=0.0)
+        with pytest.raises(bae.errors.DataError, match="n of at least 1"):
+            ImportanceResampling(0)
+
+    def test_a_decoder_that_overflows_says_so(self):
+        made = world()
+        predictive = predictive_of(made.model("location"), None, shifts=(1e200,))
+        with pytest.raises(bae.errors.NonFiniteError, match="where chains start"):
+            bae.impute(predictive, made.x, mask_of(40), method=CodeHMC(1, 4), n_draws=4)
