@@ -12,6 +12,7 @@ from torch import Tensor
 from bayesae.datasets.adbench import TABLES, split_rows
 from bayesae.datasets.idx import IdxSource
 from bayesae.datasets.omniglot import read_omniglot
+from bayesae.datasets.uci import UCI_TABLES
 from bayesae.errors import DataError
 
 __all__ = ["NAMES", "load"]
@@ -50,7 +51,7 @@ _IDX = {
         },
     ),
 }
-NAMES = ("digits", *_IDX, "omniglot", *TABLES)
+NAMES = ("digits", *_IDX, "omniglot", *TABLES, *UCI_TABLES)
 """Names that `load` knows."""
 
 
@@ -88,19 +89,25 @@ def load(
     the training split (labels all 0), and the other half with all anomalies (label 1) is the test split. Rows with
     equal values fall on one side together, on the test side if one of them is an anomaly.
 
+    The tables ``uci/...`` (of features; labels are the regression targets, float64) are read from ``$BAYESAE_DATA`` and
+    never downloaded. Concrete, kin8nm, power-plant, protein, wine-red and yacht have the standard 90/10 splits of the
+    Bayesian regression benchmark, and ``seed`` is the number of one; letter, spambase and wine-white are split at
+    random, a tenth for the test, equal rows together. The first two of these have no target, nor has miniboone, of
+    which only the published validation part (here "train") and test part are there.
+
     Args:
         name: One of `NAMES`.
         split: "train", "test", or a sequence of them.
         labels: Give (rows, labels) for every split in place of rows.
-        seed: Of a table's split; None is 0. Images have one split.
+        seed: Of a table's split, or its number; None is 0. Images have one split.
 
     Returns:
-        Images (N, 1, height, width) or a table's rows (N, D), or (rows, labels) with labels (N,) int64; a tuple of
-        these if ``split`` is a sequence.
+        Images (N, 1, height, width) or a table's rows (N, D), or (rows, labels) with labels (N,) int64, or
+        float64 targets; a tuple of these if ``split`` is a sequence.
 
     Raises:
-        DataError: If the name or split is unknown, a file is neither here nor can be downloaded, or a seed is given
-            for images.
+        DataError: If the name or split is unknown, a file is neither here nor can be downloaded, a seed is given
+            for images or is no split's number, or a table has no labels.
 
     Example:
         >>> train, test = load("digits", split=("train", "test"))
@@ -116,6 +123,13 @@ def load(
         chosen = split_rows(values, anomalies, split, 0 if seed is None else seed)
         rows = torch.from_numpy(values[chosen])
         return (rows, torch.from_numpy(anomalies[chosen])) if labels else rows
+    if name in UCI_TABLES:
+        values, goals = UCI_TABLES[name].read(split, seed)
+        if not labels:
+            return torch.from_numpy(values)
+        if goals is None:
+            raise DataError("a table with a target", f"labels of {name!r}, which has none", "Leave labels= out.")
+        return torch.from_numpy(values), torch.from_numpy(goals)
     if seed is not None:
         raise DataError("no seed for images", f"seed={seed} for {name!r}", "Their split is fixed; leave it out.")
     if name == "digits":
