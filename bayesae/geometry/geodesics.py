@@ -1,0 +1,299 @@
+"""Shortest curves between many pairs of codes at once, by a safeguarded Newton method with a certificate."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
+from bayesae.geometry.curves import CubicSpline, chord_energy, chord_length, end_slopes, straight_lines
+from bayesae.geometry.derivatives import checked_points
+from bayesae.geometry.metrics import Metric, SegmentEnergy
+from bayesae.geometry.tridiagonal import BlockTridiagonal
+
+__all__ = ["Geodesics", "checked_pairs", "geodesics"]
+
+_COARSEST = 8  # segments of the first level: far from the answer, nodes are cheap
+_GAUSS_NEWTON_UNTIL = 0.03  # predicted share of the energy below which the full Hessian is worth its price
+_HIGHEST_DAMPING = 1e8
+_COARSE = 0.1  # growth of a length under halved segments above which points are no curve
+
+
+@dataclass(frozen=True)
+class Geodesics:
+    """P curves and how far their solver came.
+
+    Args:
+        points: (P, n + 1, Z) at equal times 0 to 1; the ends are those that were asked for.
+        energy: Of the points' chords, (P,), squared units of the outputs.
+        length: Of the points' chords, (P,), units of the outputs.
+        straight_length: Of the straight line with as many segments, (P,): never less than ``length``.
+        residual: Share of the energy that a full Newton step is predicted to gain, (P,); infinite where the Hessian
+            is not positive definite.
+        coarseness: Share by which the length (of ``metric.as_metric()``) grows when every segment is halved, (P,):
+            about three quarters of what the chords miss. Large where a segment jumps between codes that decode alike.
+        n_iterations: Steps that were tried, over all levels, (P,).
+        has_converged: Whether ``residual`` is at most the tolerance, at a positive definite Hessian (the points are
+            then a local minimum to second order), and ``coarseness`` at most 0.1, (P,).
+        is_straight: Whether the straight line was kept because the solver found nothing shorter, (P,).
+    """
+
+    points: Tensor
+    energy: Tensor
+    length: Tensor
+    straight_length: Tensor
+    residual: Tensor
+    coarseness: Tensor
+    n_iterations: Tensor
+    has_converged: Tensor
+    is_straight: Tensor
+
+    def spline(self) -> CubicSpline:
+        """The cubic splines through the points, with one-sided differences as slopes at the ends."""
+        return CubicSpline(self.points, end_slopes(self.points))
+
+
+def geodesics(
+    metric: SegmentEnergy,
+    starts: Tensor,
+    ends: Tensor,
+    *,
+    n_segments: int = 32,
+    initial: Tensor | None = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 100,
+) -> Geodesics:
+    r"""Curves of least energy between pairs of codes, all pairs at once.
+
+    .. math:: \min_{c_1 \dots c_{n-1}} n \sum_{i=0}^{n-1} d^2(c_i, c_{i+1})
+
+    A minimum has equal steps, so that it is shortest too. Energies are expanded to second order in all interior
+    points; the Hessian is block-tridiagonal, (Z, Z) for each point, and is factorised for all pairs together. Its
+    positive part (Gauss-Newton) serves far from the minimum, all of it near by, and both are damped where a step
+    would not lower the energy. Curves start with 8 segments and are refined by a spline.
+
+    Args:
+        metric: What measures segments: a metric, or `IndependentDraws`.
+        starts: Codes (P, Z); gradients do not pass.
+        ends: Codes (P, Z).
+        n_segments: n, at least 2.
+        initial: Curves to start from, (P, m + 1, Z), such as `graph_starts` gives; straight lines if None.
+        tolerance: Largest ``residual`` of a curve that counts as converged.
+        max_iterations: Steps that are tried on each level.
+
+    Returns:
+        The curves. Where the result would be longer than the straight line, the straight line is kept and marked.
+
+    Exact when: the outputs are linear in the code: straight lines, of length ``|W (b - a)|``.
+    Biased when: there are few segments (see `chord_length`), or several local minima: a start elsewhere may find a
+        shorter curve.
+    Cost: some 5 to 10 expansions of the metric at the points, most of them with 8 segments.
+
+    Raises:
+        ShapeError: If the pairs do not fit each other, or ``initial`` does not fit them.
+        DataError: If two ends are equal, or the metric is not positive definite.
+        NonFiniteError: If a code or an energy is not finite.
+        UnsupportedError: If outputs do not change along a straight line, or have no derivative.
+    """
+    starts, ends = checked_pairs(starts, ends)
+    if n_segments < 2 or max_iterations < 1:
+        got = f"n_segments={n_segments}, max_iterations={max_iterations}"
+        raise DataError("n_segments >= 2 and max_iterations >= 1", got, "32 and 100 will do.")
+    straight = straight_lines(starts, ends, n_segments)
+    straight_energy = _checked_energy(metric, straight)
+    points = straight if initial is None else _checked_initial(initial, starts, ends)
+    n_iterations = torch.zeros(len(starts), dtype=torch.long, device=starts.device)
+    solver = _Solver(metric, tolerance, max_iterations)
+    residual = torch.full_like(straight_energy, torch.inf)
+    for n in _levels(n_segments):
+        points = _resampled(points, n)
+        points, residual, spent = solver(points)
+        n_iterations += spent
+    is_straight = ~(chord_energy(metric, points) < straight_energy)
+    length, straight_length = chord_length(metric, points), chord_length(metric, straight)
+    is_straight |= length > straight_length
+    points = torch.where(is_straight[:, None, None], straight, points)
+    if is_straight.any():
+        # of the straight line itself: it may be the minimum
+        residual = torch.where(is_straight, solver.residual(points), residual)
+    coarseness = _coarseness(metric.as_metric(), points)
+    result = Geodesics(
+        points, chord_energy(metric, points), torch.where(is_straight, straight_length, length), straight_length,
+        residual, coarseness, n_iterations, (residual <= tolerance) & (coarseness <= _COARSE), is_straight,
+    )  # fmt: skip
+    n_failed = int((~result.has_converged).sum())
+    if n_failed:
+        fix = "See .residual and .coarseness; allow more iterations or segments, or start from graph_starts."
+        message = f"{n_failed} of {len(starts)} geodesics have not converged. {fix}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return result
+
+
+def checked_pairs(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """End points as the solver takes them.
+
+    Args:
+        starts: (P, Z).
+        ends: (P, Z).
+
+    Returns:
+        Both, of one shape and dtype.
+
+    Raises:
+        ShapeError: If they differ in shape.
+        DataError: If a pair has one point twice.
+    """
+    starts, ends = checked_points("starts", starts), checked_points("ends", ends)
+    if starts.shape != ends.shape or starts.dtype != ends.dtype:
+        got = f"{tuple(starts.shape)} of {starts.dtype} and {tuple(ends.shape)} of {ends.dtype}"
+        raise ShapeError("starts and ends of one shape and dtype", got, "Pair them: expand the one that is alone.")
+    equal = (starts == ends).all(1)
+    if equal.any():
+        first = int(equal.nonzero()[0])
+        got = f"{int(equal.sum())} equal pairs, the first at row {first}"
+        raise DataError("two different codes in every pair", got, "Leave them out: their distance is 0.")
+    return starts, ends
+
+
+def _checked_energy(metric: SegmentEnergy, straight: Tensor) -> Tensor:
+    segments = metric.segments(straight)
+    energy = segments.shape[1] * segments.sum(1)
+    if not bool(torch.isfinite(energy).all()):
+        n_bad = int((~torch.isfinite(energy)).sum())
+        fix = "Does the decoder overflow, or is the metric undefined there?"
+        raise NonFiniteError("finite energies along straight lines", f"{n_bad} of {len(energy)} that are not", fix)
+    if bool((segments < 0).any()):
+        got = f"squared lengths below 0 on {int((segments < 0).any(1).sum())} of {len(energy)} straight lines"
+        raise DataError("a positive definite metric", got, "Is it symmetric, and defined between the codes?")
+    first = metric.expansion(straight, has_curvature=False)
+    stiffness = first.stiffness.diagonal.diagonal(dim1=-2, dim2=-1).sum(-1)
+    is_flat = ~(stiffness > 0).any(1)
+    if is_flat.any():
+        moves = bool((energy[is_flat] > 0).any())
+        got = "outputs that change but have derivative 0" if moves else "outputs that do not change at all"
+        got = f"{got}, along {int(is_flat.sum())} of {len(energy)} straight lines"
+        fix = "Is the decoder detached from its argument, piecewise constant, or collapsed?"
+        raise UnsupportedError("outputs that are differentiable in the code", got, fix)
+    return energy
+
+
+def _coarseness(metric: Metric, points: Tensor) -> Tensor:
+    middles = (points[:, 1:] + points[:, :-1]) / 2
+    halved = torch.cat([torch.stack([points[:, :-1], middles], 2).flatten(1, 2), points[:, -1:]], 1)
+    return chord_length(metric, halved) / chord_length(metric, points).clamp(min=1e-300) - 1
+
+
+def _checked_initial(initial: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+    is_fitting = initial.dim() == 3 and initial.shape[1] >= 2 and initial[:, 0].shape == starts.shape
+    if not is_fitting:
+        raise ShapeError(
+            f"initial curves ({len(starts)}, m + 1, {starts.shape[1]})", f"{tuple(initial.shape)}", "One for each pair."
+        )
+    initial = initial.detach().to(starts)
+    if not bool(torch.isfinite(initial).all()):
+        raise NonFiniteError("finite initial curves", "NaN or infinite values", "Leave initial out.")
+    return torch.cat([starts[:, None], initial[:, 1:-1], ends[:, None]], 1)
+
+
+def _levels(n_segments: int) -> list[int]:
+    """Numbers of segments from few to all."""
+    levels = [n_segments]
+    while levels[0] >= 2 * _COARSEST:
+        levels.insert(0, levels[0] // 2)
+    return levels
+
+
+def _resampled(points: Tensor, n_segments: int) -> Tensor:
+    if points.shape[1] == n_segments + 1:
+        return points
+    times = torch.linspace(0, 1, n_segments + 1, dtype=points.dtype, device=points.device)
+    inner = CubicSpline(points)(times[1:-1])
+    return torch.cat([points[:, :1], inner, points[:, -1:]], 1)
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """Levenberg-Marquardt steps on one level, each pair with a damping of its own."""
+
+    metric: SegmentEnergy
+    tolerance: float
+    max_iterations: int
+
+    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (P, n + 1, Z) to better ones, their residuals (P,) and steps tried (P,)."""
+        points = points.clone()
+        squared = self.metric.segments(points).sum(1)
+        damping = torch.zeros_like(squared)
+        residual = torch.full_like(squared, torch.inf)
+        spent = torch.zeros(len(points), dtype=torch.long, device=points.device)
+        wants_all = torch.zeros_like(spent, dtype=torch.bool)
+        active = torch.arange(len(points), device=points.device)
+        for _ in range(self.max_iterations):
+            steps, gain, found = self._steps(points[active], squared[active], damping[active], wants_all[active])
+            residual[active] = found
+            is_done = found <= self.tolerance
+            if is_done.all():
+                break
+            active, steps, gain = active[~is_done], steps[~is_done], gain[~is_done]
+            spent[active] += 1
+            trial = points[active].clone()
+            trial[:, 1:-1] += steps.to(points.dtype)
+            segments = self.metric.segments(trial)
+            now = segments.sum(1)
+            ratio = (squared[active] - now) / gain
+            # a segment below 0 is one where the metric is not positive definite
+            is_better = torch.isfinite(now) & (segments >= 0).all(1) & (gain > 0) & (ratio > 1e-4)
+            taken = active[is_better]
+            points[taken], squared[taken] = trial[is_better], now[is_better]
+            wants_all[active] |= gain <= _GAUSS_NEWTON_UNTIL * squared[active]
+            lower = torch.where(ratio > 0.5, damping[active] / 8, damping[active])
+            lower = torch.where(lower < 1e-3, 0.0, lower)
+            damping[active] = torch.where(is_better, lower, (4 * damping[active]).clamp(min=0.03))
+            active = active[damping[active] < _HIGHEST_DAMPING]
+            if not len(active):
+                break
+        return points, residual, spent
+
+    def residual(self, points: Tensor) -> Tensor:
+        """Of curves as they are, (P,)."""
+        squared = self.metric.segments(points).sum(1)
+        none = torch.zeros_like(squared)
+        return self._steps(points, squared, none, torch.ones_like(squared, dtype=torch.bool))[2]
+
+    def _steps(
+        self, points: Tensor, squared: Tensor, damping: Tensor, wants_all: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Damped steps, the decrease that each predicts, and residuals, infinite without the whole Hessian."""
+        gradient = torch.empty_like(points[:, 1:-1], dtype=torch.float64)
+        steps, gain, residual = (
+            torch.zeros_like(gradient),
+            torch.zeros_like(squared),
+            torch.full_like(squared, torch.inf),
+        )
+        for has_all in (False, True):
+            chosen = (wants_all == has_all).nonzero()[:, 0]
+            if not len(chosen):
+                continue
+            found = self.metric.expansion(points[chosen], has_curvature=has_all)
+            held = _regular(found.stiffness)
+            hessian = held if found.curvature is None else held + found.curvature
+            step, is_definite = (hessian + held.scaled(damping[chosen])).solve(-found.gradient)
+            predicted = -(found.gradient * step).sum((1, 2)) / 2
+            if has_all:
+                full, is_full = hessian.solve(-found.gradient)
+                decrement = -(found.gradient * full).sum((1, 2)) / 2
+                share = decrement / squared[chosen]
+                residual[chosen] = torch.where(is_full & (share >= 0), share, torch.inf)
+            steps[chosen], gain[chosen] = step, torch.where(is_definite, predicted, 0.0)
+        return steps, gain, residual
+
+
+def _regular(stiffness: BlockTridiagonal) -> BlockTridiagonal:
+    """With a diagonal raised by its rounding: a node where the decoder is flat would make it singular."""
+    size = stiffness.diagonal.shape[-1]
+    trace = stiffness.diagonal.diagonal(dim1=-2, dim2=-1).mean((1, 2))
+    ridge = 1e-10 * trace[:, None, None, None] * torch.eye(size).to(stiffness.diagonal)
+    return BlockTridiagonal(stiffness.diagonal + ridge, stiffness.upper)

@@ -1,0 +1,155 @@
+"""Pull-back metrics of decoders under weight draws; segments are measured by differences of outputs."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesae.geometry.derivatives import Decoder, flat_outputs, gradient_and_hessian, with_columns
+from bayesae.geometry.metrics import Expansion, Metric, SegmentEnergy
+from bayesae.geometry.tridiagonal import BlockTridiagonal
+
+__all__ = ["IndependentDraws", "Pullback"]
+
+_NUMBERS_AT_ONCE = 2**25  # of outputs and their derivatives: 128 MB in float32
+
+
+@dataclass(frozen=True)
+class _OfOutputs(SegmentEnergy):
+    r"""What the energies of outputs share: nodes are decoded once, Jacobians by forward mode.
+
+    Args:
+        decoder: Codes (B, Z) to outputs (S, B, \*D).
+    """
+
+    decoder: Decoder
+
+    @abstractmethod
+    def _coupled(self, outputs: Tensor) -> Tensor:
+        """What neighbours see of outputs (S, ...): each draw's own, or their mean (1, ...)."""
+
+    def segments(self, points: Tensor) -> Tensor:
+        """Squared length of every segment from outputs alone, (P, n), float64."""
+        with torch.no_grad():
+            return torch.cat([self._squared_steps(self._decode(part)) for part in self._parts(points, 1)])
+
+    def _squared_steps(self, outputs: Tensor) -> Tensor:
+        """Of outputs (S, P, n + 1, D): (P, n)."""
+        seen = self._coupled(outputs)
+        return (seen[:, :, 1:] - seen[:, :, :-1]).double().square().sum(-1).mean(0)
+
+    def expansion(self, points: Tensor, *, has_curvature: bool) -> Expansion:
+        """Gradient and Hessian: 1 + Z passes a node for the positive part, some 3 (1 + Z) more for the rest."""
+        parts = [self._expansion(part, has_curvature) for part in self._parts(points, 1 + points.shape[2])]
+        diagonal = torch.cat([part.stiffness.diagonal for part in parts])
+        stiffness = BlockTridiagonal(diagonal, torch.cat([part.stiffness.upper for part in parts]))
+        curvature = [part.curvature.diagonal for part in parts if part.curvature is not None]
+        rest = BlockTridiagonal(torch.cat(curvature), torch.zeros_like(stiffness.upper)) if curvature else None
+        return Expansion(torch.cat([part.gradient for part in parts]), stiffness, rest)
+
+    def _expansion(self, points: Tensor, has_curvature: bool) -> Expansion:
+        inner = points[:, 1:-1].flatten(0, 1)
+        shape = points.shape[0], points.shape[1] - 2
+        outputs, columns = (part.detach() for part in with_columns(lambda z: flat_outputs(self.decoder, z), inner))
+        n_draws = len(outputs)
+        nodes, columns = outputs.unflatten(1, shape), columns.unflatten(2, shape)
+        with torch.no_grad():
+            ends = flat_outputs(self.decoder, points[:, [0, -1]].flatten(0, 1)).unflatten(1, (-1, 2))
+        seen = self._coupled(torch.cat([ends[:, :, :1], nodes, ends[:, :, 1:]], 2))
+        pull = (2 * nodes - seen[:, :, :-2] - seen[:, :, 2:]) * (2 / n_draws)
+        gradient = torch.einsum("zspnd,spnd->pnz", columns, pull)
+        diagonal = torch.einsum("yspnd,zspnd->pnyz", columns, columns) * (4 / n_draws)
+        between = torch.stack([self._coupled(column) for column in columns])
+        upper = torch.einsum("yspnd,zspnd->pnyz", between[:, :, :, :-1], between[:, :, :, 1:])
+        stiffness = BlockTridiagonal(diagonal.double(), (-2 / between.shape[1] * upper).double())
+        curvature = None
+        if has_curvature:
+            pull = pull.flatten(1, 2)
+            bending = gradient_and_hessian(lambda z: (flat_outputs(self.decoder, z) * pull).sum(), inner)[1]
+            curvature = BlockTridiagonal(bending.double().unflatten(0, shape), torch.zeros_like(stiffness.upper))
+        return Expansion(gradient.double(), stiffness, curvature)
+
+    def _decode(self, points: Tensor) -> Tensor:
+        """(S, P, n + 1, D)."""
+        return flat_outputs(self.decoder, points.flatten(0, 1)).unflatten(1, points.shape[:2])
+
+    def _parts(self, points: Tensor, n_passes: int) -> Iterator[Tensor]:
+        """Some curves at a time, so that memory stays bounded."""
+        with torch.no_grad():
+            one = flat_outputs(self.decoder, points[0, :1])
+        numbers = one.numel() * points.shape[1] * n_passes
+        return iter(points.split(max(1, math.floor(_NUMBERS_AT_ONCE / numbers))))
+
+
+@dataclass(frozen=True)
+class Pullback(_OfOutputs, Metric):
+    r"""Pull-back metric of a decoder, in expectation over its weight draws.
+
+    .. math:: G(z) = \frac{1}{S} \sum_s J_s(z)^\top J_s(z), \qquad
+              d^2(a, b) = \frac{1}{S} \sum_s \| f_s(b) - f_s(a) \|^2
+
+    with J (D, Z). A step is as long as the change of the outputs that it makes, in quadratic mean over the draws; with
+    one draw this is the metric of that decoder. Segments are chords of the outputs and need no Jacobian.
+
+    Args:
+        decoder: Codes (B, Z) to outputs (S, B, \*D), flattened inside; `Predictive.decoder` makes one.
+
+    Exact when: always, given the draws; of random linear decoders W with mean M and variance s^2 a weight,
+        E[G] = M^T M + D s^2 I.
+    Biased when: a curve has few segments, whose chords cut corners: a length is then low by a share of order 1 / n^2.
+    Cost: 1 + Z forward passes of S rows a code.
+    Raises: UnsupportedError if torch cannot differentiate the decoder forwards.
+
+    References:
+        | Metrics for Probabilistic Geometries (Tosi et al., 2014)
+        | Latent Space Oddity: on the Curvature of Deep Generative Models (Arvanitidis et al., 2018)
+    """
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """G (B, Z, Z)."""
+        outputs, columns = with_columns(lambda codes: flat_outputs(self.decoder, codes), z)
+        return torch.einsum("isbd,jsbd->bij", columns, columns) / len(outputs)
+
+    def _coupled(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+
+@dataclass(frozen=True)
+class IndependentDraws(_OfOutputs):
+    r"""Energy of curves whose neighbouring points are decoded under independent weight draws.
+
+    .. math:: d^2(a, b) = \mathbb{E} \| f_{\theta}(b) - f_{\theta'}(a) \|^2
+              = \| \bar f(b) - \bar f(a) \|^2 + \operatorname{tr} \operatorname{Var} f(a)
+              + \operatorname{tr} \operatorname{Var} f(b)
+
+    over pairs of the S draws (divisor S, as in `Moments`). The spread of the outputs makes every segment longer:
+    curves through regions that the decoders do not agree on are long, and shortest ones stay where data were.
+
+    Args:
+        decoder: Codes (B, Z) to outputs (S, B, \*D), S of 2 or more to differ from `Pullback`.
+
+    Exact when: always, given the draws and the number of segments.
+    Biased when: read as a metric: d(a, a) is not 0, and with n segments the spread counts n times in an energy that
+        grows as n^2. Compare curves of one number of segments only. Points gather where decoders agree and leave
+        long segments elsewhere, whatever n is (`Geodesics.coarseness` shows it).
+    Cost: as `Pullback`; no Jacobian is needed for an energy.
+
+    References:
+        | Decoder ensembling for learned latent geometries (Syrota et al., 2024)
+    """
+
+    def as_metric(self) -> Metric:
+        """The pull-back metric of the same decoder."""
+        return Pullback(self.decoder)
+
+    def _coupled(self, outputs: Tensor) -> Tensor:
+        return outputs.mean(0, keepdim=True)
+
+    def _squared_steps(self, outputs: Tensor) -> Tensor:
+        spread = (outputs - outputs.mean(0)).double().square().sum(-1).mean(0)
+        return super()._squared_steps(outputs) + spread[:, 1:] + spread[:, :-1]

@@ -1,0 +1,243 @@
+"""Geodesics against closed forms and against SciPy's boundary value solver."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import geometry
+from bayesae.geometry.tridiagonal import BlockTridiagonal
+from tests.geometry.surfaces import (
+    HYPERBOLIC,
+    RADII,
+    SPHERE,
+    TORUS,
+    codes,
+    half_plane_distance,
+    linear,
+    network,
+    sphere,
+    sphere_distance,
+)
+
+
+def test_block_systems_are_dense_ones():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 8, 8, generator=generator, dtype=torch.float64)
+    dense = root @ root.mT + 8 * torch.eye(8)
+    mask = torch.block_diag(*[torch.ones(2, 2)] * 4)
+    mask[:-2, 2:] += torch.block_diag(*[torch.ones(2, 2)] * 3)
+    mask[2:, :-2] += torch.block_diag(*[torch.ones(2, 2)] * 3)
+    dense = dense * mask.double() + 8 * torch.eye(8)
+    dense[1] -= 60 * torch.eye(8)
+    blocks = dense.reshape(2, 4, 2, 4, 2).transpose(2, 3)
+    diagonal = torch.stack([blocks[:, i, i] for i in range(4)], 1)
+    matrices = BlockTridiagonal(diagonal, torch.stack([blocks[:, i, i + 1] for i in range(3)], 1))
+    right = torch.randn(2, 4, 2, generator=generator, dtype=torch.float64)
+    solution, is_definite = matrices.solve(right)
+    assert is_definite.tolist() == [True, False] and (solution[1] == 0).all()
+    assert_close(solution[0].flatten(), torch.linalg.solve(dense[0], right[0].flatten()))
+
+
+def test_a_linear_decoder_has_straight_geodesics():
+    weights, decoder = linear()
+    starts, ends = codes(6), codes(6, seed=1)
+    found = geometry.geodesics(geometry.Pullback(decoder), starts, ends)
+    expected = torch.einsum("sdz,pz->psd", weights, ends - starts).square().sum((1, 2)).div(3).sqrt()
+    assert_close(found.length, expected, rtol=1e-6, atol=0)
+    assert_close(found.points, geometry.straight_lines(starts, ends, 32), rtol=0, atol=1e-6)
+    assert found.has_converged.all()
+
+
+@pytest.mark.parametrize("metric", [SPHERE, geometry.MetricFunction(SPHERE.__call__)], ids=["chords", "metric"])
+def test_great_circles(metric):
+    starts, ends = codes(12), codes(12, seed=1)
+    found = geometry.geodesics(metric, starts, ends)
+    assert found.has_converged.all() and not found.is_straight.any()
+    assert_close(found.length, sphere_distance(starts, ends), rtol=1e-3, atol=0)
+    assert (found.energy >= found.length**2).all()
+    # every point lies in the plane of both ends
+    normal = torch.linalg.cross(sphere(starts)[0], sphere(ends)[0])
+    normal = normal / normal.norm(dim=1, keepdim=True)
+    points = sphere(found.points.flatten(0, 1))[0].unflatten(0, (12, 33))
+    assert torch.einsum("pi,pni->pn", normal, points).abs().max() < 1e-3
+
+
+def test_hyperbolic_lines():
+    starts, ends = codes(12), codes(12, seed=1)
+    found = geometry.geodesics(HYPERBOLIC, starts, ends)
+    assert found.has_converged.all()
+    assert_close(found.length, half_plane_distance(starts, ends), rtol=1e-3, atol=0)
+
+
+def test_circles_of_the_torus():
+    wide, narrow = RADII
+    starts = torch.tensor([[0.3, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    ends = torch.tensor([[2.0, 1.0], [0.0, 0.8]], dtype=torch.float64)
+    found = geometry.geodesics(TORUS, starts, ends)
+    expected = torch.tensor([1.7 * narrow, 0.8 * (wide + narrow)], dtype=torch.float64)
+    assert_close(found.length, expected, rtol=1e-3, atol=0)
+
+
+def test_a_start_elsewhere_finds_another_minimum():
+    """A hill between the ends, which lie a little above its middle: the way above is shorter than that below."""
+    hill = geometry.MetricFunction(
+        lambda z: (1 + 9 * torch.exp(-2 * z.square().sum(1)))[:, None, None] * torch.eye(2).to(z)
+    )
+    starts, ends = torch.tensor([[-2.0, 0.05]]).double(), torch.tensor([[2.0, 0.05]]).double()
+    middle = torch.tensor([[0.0, -1.0]]).double()
+    above = geometry.geodesics(hill, starts, ends)
+    below = geometry.geodesics(hill, starts, ends, initial=torch.stack([starts, middle, ends], 1))
+    assert above.has_converged.all() and below.has_converged.all()
+    assert above.points[0, 16, 1] > 0.5 and below.points[0, 16, 1] < -0.5
+    assert above.length < below.length < below.straight_length
+
+
+def test_curves_that_jump_are_found_out():
+    """A decoder of period 1: one segment may span it, and its chord is short. No curve is."""
+
+    def decoder(z):
+        angle = 2 * math.pi * z
+        return torch.cat([angle.cos(), angle.sin()], 1)[None]
+
+    starts, ends = torch.zeros(1, 1).double(), torch.full((1, 1), 0.95).double()
+    jump = torch.tensor([0.0, -0.01, 0.96, 0.95]).double()[None, :, None]
+    with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
+        found = geometry.geodesics(geometry.Pullback(decoder), starts, ends, initial=jump, n_segments=3)
+    assert found.length < 1 < found.straight_length and found.coarseness > 0.05
+
+
+def test_equal_energy_from_every_start():
+    starts, ends = codes(4), codes(4, seed=1)
+    bent = geometry.straight_lines(starts, ends, 6)
+    bent[:, 1:-1] += 0.2 * codes(20, low=(-1, -1), high=(1, 1)).reshape(4, 5, 2)
+    one, other = (geometry.geodesics(SPHERE, starts, ends, initial=initial) for initial in (None, bent))
+    assert_close(one.energy, other.energy, rtol=1e-5, atol=0)
+
+
+def test_independent_draws_keep_away_from_disagreement():
+    """Decoders differ near the origin: this curve goes around, that of the expected metric goes through."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(8, 1, 3, generator=generator, dtype=torch.float64)
+
+    def decoder(z):
+        inside = torch.exp(-4 * z.square().sum(1))[None, :, None]
+        return torch.cat([z, 0 * z[:, :1]], 1)[None] + 0.3 * inside * noise
+
+    starts, ends = torch.tensor([[-1.0, 0.05]]).double(), torch.tensor([[1.0, 0.05]]).double()
+    around = geometry.geodesics(geometry.IndependentDraws(decoder), starts, ends, n_segments=16)
+    through = geometry.geodesics(geometry.Pullback(decoder), starts, ends, n_segments=16)
+    assert around.points[0, :, 1].max() > 0.4 > through.points[0, :, 1].max()
+    assert around.has_converged.all() and (around.length <= around.straight_length).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*geodesics have not converged")
+@pytest.mark.parametrize("seed", range(3))
+def test_never_longer_than_the_straight_line(seed):
+    decoder = network(n_outputs=4, seed=seed)
+    starts, ends = codes(8, low=(-3, -3), high=(3, 3)), codes(8, seed=1, low=(-3, -3), high=(3, 3))
+    for energy in (geometry.Pullback(decoder), geometry.IndependentDraws(decoder)):
+        found = geometry.geodesics(energy, starts, ends, n_segments=16)
+        assert (found.length <= found.straight_length).all()
+        assert (found.energy >= found.length**2 * (1 - 1e-9)).all()
+
+
+def test_float32_and_few_pairs_alone_give_the_same():
+    starts, ends = codes(5), codes(5, seed=1)
+    whole = geometry.geodesics(SPHERE, starts, ends)
+    alone = geometry.geodesics(SPHERE, starts[2:3], ends[2:3])
+    assert_close(alone.points[0], whole.points[2])
+    small = geometry.geodesics(SPHERE, starts.float(), ends.float())
+    assert small.has_converged.all() and small.points.dtype == torch.float32
+    assert_close(small.length, whole.length, rtol=1e-4, atol=0)
+
+
+def test_nothing_of_the_caller_changes():
+    state, starts, ends = torch.get_rng_state(), codes(3), codes(3, seed=1)
+    before = starts.clone(), ends.clone()
+    geometry.geodesics(SPHERE, starts.requires_grad_(), ends)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(before[0], starts) and torch.equal(before[1], ends) and starts.grad is None
+
+
+@pytest.mark.slow
+def test_lengths_are_those_of_a_boundary_value_solver():
+    """A small trained decoder; SciPy solves the geodesic equation by collocation."""
+    from scipy.integrate import solve_bvp
+
+    train = bae.datasets.load("digits").double()
+    torch.manual_seed(0)
+    encoder, decoder = bae.nets.mlp(64, [32], 2), bae.nets.mlp(2, [32], 64)
+    model = bae.Autoencoder(encoder, decoder, bae.likelihoods.Gaussian()).double()
+    bae.fit_model(model, train, epochs=20, learning_rate=5e-3, batch_size=64, seed=0)
+    metric = geometry.Pullback(lambda z: decoder(z)[None])
+    with torch.no_grad():
+        z = model.encoder(train.flatten(1)[:12]).reshape(12, 2)
+    found = geometry.geodesics(metric, z[:6], z[6:])
+    assert found.has_converged.all()
+
+    def equation(times, state):
+        position, velocity = torch.as_tensor(state.T).chunk(2, 1)
+        symbols = geometry.christoffel(metric, position).detach()
+        return torch.cat([velocity, -torch.einsum("bkij,bi,bj->bk", symbols, velocity, velocity)], 1).numpy().T
+
+    for number in range(6):
+        a, b = z[number].numpy(), z[6 + number].numpy()
+        times = np.linspace(0, 1, 33)
+        curve = geometry.CubicSpline(found.points[number : number + 1])
+        guess = torch.cat([found.points[number], curve(torch.as_tensor(times), derivative=1)[0]], 1).numpy().T
+        solved = solve_bvp(equation, lambda p, q, a=a, b=b: np.concatenate([p[:2] - a, q[:2] - b]), times, guess)
+        assert solved.success
+        path = torch.as_tensor(solved.sol(np.linspace(0, 1, 400))[:2].T)[None]
+        assert float(found.length[number]) == pytest.approx(float(geometry.chord_length(metric, path)), rel=0.01)
+
+
+def test_bad_pairs():
+    z = codes(3)
+    with pytest.raises(bae.errors.DataError, match="1 equal pairs, the first at row 1"):
+        geometry.geodesics(SPHERE, z, torch.stack([z[1], z[1], z[0]]))
+    with pytest.raises(bae.errors.NonFiniteError, match="finite ends"):
+        geometry.geodesics(SPHERE, z, z / 0 * 0)
+    with pytest.raises(bae.errors.ShapeError, match="of one shape and dtype"):
+        geometry.geodesics(SPHERE, z, z[:2])
+    with pytest.raises(bae.errors.ShapeError, match=r"starts \(B, Z\)"):
+        geometry.geodesics(SPHERE, z[0], z[0])
+    with pytest.raises(bae.errors.ShapeError, match=r"initial curves \(3, m \+ 1, 2\)"):
+        geometry.geodesics(SPHERE, z, z.flip(0) + 1, initial=z)
+    with pytest.raises(bae.errors.NonFiniteError, match="finite initial curves"):
+        geometry.geodesics(SPHERE, z, z.flip(0) + 1, initial=torch.full((3, 4, 2), math.nan))
+    with pytest.raises(bae.errors.DataError, match="n_segments >= 2"):
+        geometry.geodesics(SPHERE, z, z.flip(0) + 1, n_segments=1)
+
+
+@pytest.mark.parametrize(("decoder", "message"), [
+    (lambda z: torch.ones(1, len(z), 3).to(z), "do not change at all"),
+    (lambda z: sphere(z.detach()), "change but have derivative 0"),
+    (lambda z: sphere(torch.round(4 * z)), "change but have derivative 0"),
+], ids=["constant", "detached", "steps"])  # fmt: skip
+def test_decoders_without_a_derivative(decoder, message):
+    with pytest.raises(bae.errors.UnsupportedError, match=message):
+        geometry.geodesics(geometry.Pullback(decoder), codes(2), codes(2, seed=1))
+
+
+def test_decoders_that_are_not_finite():
+    with pytest.raises(bae.errors.NonFiniteError, match="finite energies along straight lines"):
+        geometry.geodesics(geometry.Pullback(lambda z: sphere(z).log()), codes(2), codes(2, seed=1) + 2)
+
+
+def test_metrics_that_are_not_positive():
+    saddle = geometry.MetricFunction(lambda z: torch.diag(torch.tensor([1.0, -1.0])).to(z).expand(len(z), 2, 2))
+    with pytest.raises(bae.errors.DataError, match="a positive definite metric"):
+        geometry.geodesics(saddle, codes(4), codes(4, seed=1))
+
+
+def test_a_solver_that_does_not_converge_says_so():
+    with pytest.warns(RuntimeWarning, match="3 of 3 geodesics have not converged"):
+        found = geometry.geodesics(SPHERE, codes(3), codes(3, seed=1), max_iterations=1, tolerance=1e-14)
+    assert not found.has_converged.any() and (found.residual > 1e-14).all()
+    assert (found.length <= found.straight_length).all()

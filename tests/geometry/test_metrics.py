@@ -1,0 +1,160 @@
+"""Metrics against closed forms and autograd; expansions against a dense Hessian."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import geometry
+from tests.geometry.surfaces import HYPERBOLIC, SPHERE, codes, linear, network, sphere, sphere_metric
+
+
+def test_a_linear_decoder_has_its_gram_matrix():
+    weights, decoder = linear()
+    expected = torch.einsum("sdi,sdj->ij", weights, weights) / 3
+    assert_close(geometry.Pullback(decoder)(codes(4)), expected.expand(4, 2, 2))
+
+
+def test_random_weights_add_their_variance():
+    generator = torch.Generator().manual_seed(0)
+    n_draws, n_outputs, scale = 4000, 6, 0.3
+    mean = torch.randn(n_outputs, 2, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n_draws, n_outputs, 2, generator=generator, dtype=torch.float64)
+    weights = mean + scale * noise
+    found = geometry.Pullback(lambda z: torch.einsum("sdz,bz->sbd", weights, z))(codes(1))[0]
+    expected = mean.T @ mean + n_outputs * scale**2 * torch.eye(2, dtype=torch.float64)
+    error = (weights.mT @ weights).std(0) / math.sqrt(n_draws)
+    assert ((found - expected).abs() < 4 * error).all()
+
+
+def test_a_network_has_the_metric_of_its_jacobian():
+    decoder, z = network(), codes(5)
+    jacobian = torch.stack([torch.autograd.functional.jacobian(lambda c: decoder(c[None])[:, 0], c) for c in z])
+    expected = torch.einsum("bsdi,bsdj->bij", jacobian, jacobian) / 3
+    assert_close(geometry.Pullback(decoder)(z), expected)
+    images = geometry.Pullback(lambda c: decoder(c).unflatten(-1, (1, 5)))
+    assert_close(images(z), expected)
+
+
+def test_jacobians_take_one_pass_of_z_columns():
+    rows, decoder = [], network(n_outputs=300)
+
+    def counting(z):
+        rows.append(len(z))
+        return decoder(z)
+
+    geometry.Pullback(counting)(codes(5))
+    assert rows == [5]
+
+
+def test_the_sphere_has_its_metric():
+    assert_close(SPHERE(codes(6)), sphere_metric(codes(6)))
+
+
+def test_independent_draws_add_the_spread_at_both_ends():
+    decoder, points = network(n_draws=4), codes(6).reshape(2, 3, 2)
+    outputs = decoder(points.flatten(0, 1)).unflatten(1, (2, 3))
+    twin = torch.zeros(2, 2, dtype=torch.float64)
+    for one in range(4):
+        for other in range(4):
+            twin += (outputs[one, :, 1:] - outputs[other, :, :-1]).square().sum(-1) / 16
+    assert_close(geometry.IndependentDraws(decoder).segments(points), twin)
+    same = geometry.Pullback(decoder).segments(points)
+    assert (twin > same).all()
+
+
+@pytest.mark.parametrize("energy", [
+    geometry.Pullback(network()), geometry.IndependentDraws(network()), HYPERBOLIC,
+    geometry.FisherPullback(network(), geometry.bernoulli_fisher),
+], ids=lambda e: type(e).__name__)  # fmt: skip
+def test_expansions_are_the_derivatives_of_the_energy(energy):
+    """The twin is autograd through the segments, dense."""
+    points = codes(10, low=(0.5, 1.0)).reshape(2, 5, 2)
+
+    def total(inner, curve):
+        whole = torch.cat([curve[:1], inner, curve[-1:]])
+        if isinstance(energy, geometry.Metric) and not isinstance(energy, geometry.Pullback):
+            step, middle = whole[1:] - whole[:-1], (whole[1:] + whole[:-1]) / 2
+            return torch.einsum("ni,nij,nj->", step, energy(middle), step)
+        outputs = energy.decoder(whole)
+        if isinstance(energy, geometry.Pullback):
+            return (outputs[:, 1:] - outputs[:, :-1]).square().sum() / 3
+        pairs = [(outputs[a, 1:] - outputs[b, :-1]).square().sum() for a in range(3) for b in range(3)]
+        return torch.stack(pairs).sum() / 9
+
+    found = energy.expansion(points, has_curvature=True)
+    for number, curve in enumerate(points):
+        inner = curve[1:-1].clone()
+        gradient = torch.func.grad(total)(inner, curve)
+        hessian = torch.func.hessian(total)(inner, curve).reshape(6, 6)
+        assert_close(found.gradient[number], gradient)
+        whole = found.stiffness + found.curvature
+        dense = torch.zeros(6, 6, dtype=torch.float64)
+        for i in range(3):
+            dense[2 * i : 2 * i + 2, 2 * i : 2 * i + 2] = whole.diagonal[number, i]
+            if i < 2:
+                dense[2 * i : 2 * i + 2, 2 * i + 2 : 2 * i + 4] = whole.upper[number, i]
+                dense[2 * i + 2 : 2 * i + 4, 2 * i : 2 * i + 2] = whole.upper[number, i].T
+        assert_close(dense, hessian)
+        assert (torch.linalg.eigvalsh(hessian - _dense_rest(found, number)) > -1e-9).all()
+
+
+def _dense_rest(found, number):
+    rest = torch.block_diag(*found.curvature.diagonal[number])
+    for i in range(2):
+        rest[2 * i : 2 * i + 2, 2 * i + 2 : 2 * i + 4] = found.curvature.upper[number, i]
+        rest[2 * i + 2 : 2 * i + 4, 2 * i : 2 * i + 2] = found.curvature.upper[number, i].T
+    return rest
+
+
+@pytest.mark.parametrize("fisher", ["bernoulli", "categorical", "gaussian"])
+def test_fisher_products_are_expected_squares_of_scores(fisher):
+    logits = torch.tensor([0.3, -1.1], dtype=torch.float64)
+    product = getattr(geometry, f"{fisher}_fisher")
+    found = torch.stack([product(logits, unit) for unit in torch.eye(2, dtype=torch.float64)])
+    if fisher == "gaussian":
+        law = torch.distributions.Normal(logits[0], logits[1].exp())
+        nodes, weights = (torch.tensor(part) for part in __import__("numpy").polynomial.hermite_e.hermegauss(20))
+        x, weights = law.mean + law.stddev * nodes, weights / weights.sum()
+
+        def density(parameters, value):
+            return torch.distributions.Normal(parameters[0], parameters[1].exp(), validate_args=False).log_prob(value)
+
+    elif fisher == "bernoulli":
+        x, p = torch.tensor([0.0, 1.0], dtype=torch.float64), torch.sigmoid(logits)
+        expected = torch.diag(p * (1 - p))
+        assert_close(found, expected)
+        return
+    else:
+        x, weights = torch.tensor([0, 1]), torch.softmax(logits, 0)
+
+        def density(parameters, value):
+            return torch.log_softmax(parameters, 0)[value]
+
+    scores = torch.stack([torch.func.grad(density)(logits, value) for value in x])
+    assert_close(found, torch.einsum("k,ki,kj->ij", weights, scores, scores))
+
+
+def test_bernoulli_lengths_are_those_of_the_arc():
+    """With one pixel the Fisher length from p to q is 2 |asin sqrt p - asin sqrt q|."""
+    metric = geometry.FisherPullback(lambda z: z[None], geometry.bernoulli_fisher)
+    a, b = torch.tensor([[-2.0]], dtype=torch.float64), torch.tensor([[1.0]], dtype=torch.float64)
+    found = geometry.length(metric, geometry.Polyline(torch.stack([a, b], 1)))
+    arcs = [2 * torch.asin(torch.sigmoid(end).sqrt()) for end in (a, b)]
+    assert_close(found, (arcs[1] - arcs[0])[0])
+
+
+def test_what_is_refused():
+    z = codes(3)
+    with pytest.raises(bae.errors.ShapeError, match=r"outputs \(S, 3, \*D\)"):
+        geometry.Pullback(lambda c: sphere(c)[0])(z)
+    with pytest.raises(bae.errors.ShapeError, match=r"a metric \(3, 2, 2\)"):
+        geometry.MetricFunction(lambda c: c)(z)
+    with pytest.raises(bae.errors.UnsupportedError, match="a function that torch.func differentiates"):
+        geometry.Pullback(lambda c: torch.as_tensor(c.detach().numpy())[None])(z)
+    with pytest.raises(bae.errors.ShapeError, match="mean and log-scale"):
+        geometry.gaussian_fisher(z[:, :1], z[:, :1])
