@@ -17,7 +17,7 @@ from bayesae.imputation import (
     MetropolisGibbs,
     PseudoGibbs,
 )
-from tests.imputation.worlds import MISSING, OBSERVED, conditional, mask_of, predictive_of, world
+from tests.imputation.worlds import MISSING, OBSERVED, conditional, mask_of, normal_rows, predictive_of, world
 
 
 def prior(model, batch, *, n_latent_draws=1):
@@ -203,18 +203,15 @@ class TestEveryMethod:
 def test_squared_error_of_a_normal_with_one_coordinate_missing_is_near_the_least(method):
     """Covariance ((2, 1), (1, 2)): 1.5 at best, 2 by the mean."""
     made = world(n_outputs=2, n_latents=1, n_data=2500)
-    made = type(made)(torch.ones(2, 1).double(), torch.zeros(2).double(), 1.0, normal(2500))
+    made = type(made)(torch.ones(2, 1).double(), torch.zeros(2).double(), 1.0, normal_rows(2500))
     mask = mask_of(2500, 2, [0])
     predictive = predictive_of(made.model("diagonal"), bae.codes.amortised)
     found = bae.impute(predictive, made.x, mask, method=method, n_draws=20, seed=0)
-    error = (found.mean - made.x)[:, 1].square().mean()
-    assert 1.45 - 0.08 < float(error) < 1.70
+    # of new values given these rows; of the rows' own values it scatters by 0.04 more
+    error = 1.5 + (found.mean[:, 1] - 0.5 * made.x[:, 0]).square().mean()
+    assert 1.5 <= float(error) < 1.55
+    assert 1.4 < float((found.mean - made.x)[:, 1].square().mean()) < 1.70
     assert_close(found.variance[:, 1].mean(), torch.tensor(1.5).double(), rtol=0, atol=0.05)
-
-
-def normal(n):
-    root = torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 2.0]]).double())
-    return torch.randn(n, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64) @ root.T
 
 
 @pytest.mark.parametrize("method", [MetropolisGibbs(2, 8), ImportanceResampling(20), CodeLaplace(2)], ids=name_of)

@@ -40,3 +40,9 @@ def mask_of(n_rows, n_columns=5, observed=OBSERVED):
     mask = torch.zeros(n_rows, n_columns, dtype=torch.bool)
     mask[:, observed] = True
     return mask
+
+
+def normal_rows(n, seed=3):
+    """Rows of the Normal of covariance ((2, 1), (1, 2)), which is a world of one code: weights 1, noise 1."""
+    root = torch.linalg.cholesky(torch.tensor([[2.0, 1.0], [1.0, 2.0]]).double())
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ root.T
