@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from bayesae.errors import DataError, ShapeError
+from bayesae.errors import DataError, ShapeError, UnsupportedError
 from bayesae.functional import check_finite
 from bayesae.types import Batch
 
-__all__ = ["Data", "as_rows", "batches", "check_counts", "count_rows"]
+__all__ = ["Data", "as_rows", "batches", "check_choice", "check_counts", "count_rows"]
 
 Data: TypeAlias = Tensor | np.ndarray | Batch | Dataset | DataLoader
 """x alone, (N, \\*data): a tensor, an array, a data set, or a loader. Of (x, ...) tuples the first part is read. A
@@ -42,6 +42,21 @@ def check_counts(**counts: int) -> None:
     bad = {name: value for name, value in counts.items() if not is_count(value)}
     if bad:
         raise DataError(f"{', '.join(bad)} of at least 1, whole", f"{bad}", "Leave them out for their defaults.")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise unless a closed choice is one of those there are.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        known: The choices, as ``typing.get_args`` reads them off the type.
+
+    Raises:
+        UnsupportedError: If it is none of them.
+    """
+    if value not in known:
+        raise UnsupportedError(f"{name}, one of {list(known)}", repr(value), f"Try {known[0]!r}.")
 
 
 def as_tensor(x: object) -> Tensor:

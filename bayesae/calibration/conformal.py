@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -17,10 +17,13 @@ from bayesae.calibration.base import (
     errors_of,
     rescaled,
 )
+from bayesae.data import check_choice
 from bayesae.draws import Moments
 from bayesae.errors import DataError
 
 __all__ = ["ConformalQuantiles", "SplitConformal"]
+
+Unit = Literal["pixel", "position", "image"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +96,17 @@ class SplitConformal:
     Raises:
         DataError: If there are no rows, or a variance is not positive; from the result if N is less than
             level / (1 - level).
-        UnsupportedError: If the likelihood's mean settles its law (binary and nominal data).
+        UnsupportedError: If there is no such unit, or the likelihood's mean settles its law (binary and nominal data).
 
     References:
         | Distribution-Free Predictive Inference for Regression (Lei, G'Sell, Rinaldo, Tibshirani, Wasserman, 2018)
         | Distribution-Free Inference with Hierarchical Data (Lee, Barber, Willett, 2023): "pixel", images as groups
     """
 
-    unit: Literal["pixel", "position", "image"] = "pixel"
+    unit: Unit = "pixel"
+
+    def __post_init__(self) -> None:
+        check_choice("unit", self.unit, get_args(Unit))
 
     def fit(self, moments: Moments, x: Tensor | np.ndarray) -> ConformalQuantiles:
         r"""The scores of these images.

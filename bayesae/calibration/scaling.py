@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
 
 from bayesae.calibration.base import Recalibrated, at_deviations, errors_of, normal_quantile, rescaled
+from bayesae.data import check_choice
 from bayesae.draws import Moments
 from bayesae.errors import DataError
 
 __all__ = ["Rescaled", "VarianceScaling"]
+
+By = Literal["all", "pixel"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +64,18 @@ class VarianceScaling:
     Raises:
         DataError: If there are no rows, a variance is not positive, all errors that decide a factor are 0, or
             ``n_prior`` is negative.
-        UnsupportedError: If the likelihood's mean settles its law (binary and nominal data).
+        UnsupportedError: If ``by`` is another word, or the likelihood's mean settles its law (binary and nominal data).
 
     References:
         | Evaluating and Calibrating Uncertainty Prediction in Regression Tasks (Levi, Gispan, Giladi, Fetaya, 2022).
           Departure: a factor by pixel, shrunk to the shared one.
     """
 
-    by: Literal["all", "pixel"] = "all"
+    by: By = "all"
     n_prior: float = 10.0
 
     def __post_init__(self) -> None:
+        check_choice("by", self.by, get_args(By))
         if not self.n_prior >= 0:
             raise DataError("n_prior of 0 or more", f"{self.n_prior}", "It counts rows.")
 

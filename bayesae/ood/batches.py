@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import check_choice
 from bayesae.errors import DataError, NonFiniteError, ShapeError
 from bayesae.ood._checks import check_rate, checked_scores
 
@@ -62,25 +63,25 @@ def batch_typicality(
     Biased when: with "bootstrap", B is not small beside n: the calibration's own mean is taken as known, where the
         variance of T's difference is 1 + B / n times that, so that false alarms are too frequent. P-values of several
         batches share the calibration rows and are not independent.
-    Cost: R selections among n + B numbers ("permutation") or R draws of B ("bootstrap"), then a product (R, B) by
-        (B, M).
+    Cost: R selections among n + B numbers, then a product (R, B) by (B, M); memory of some R (n + B) numbers
+        ("permutation"). R draws of B ("bootstrap").
 
     Raises:
         ShapeError: If the shapes are others.
         NonFiniteError: If a score is not finite: a mean needs numbers.
         DataError: If there is nothing to compare, or ``n_resamples`` is below 1.
+        UnsupportedError: If there is no such method.
 
     References:
         | Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick, Matsukawa, Teh,
           Lakshminarayanan, 2019): "bootstrap"
         | The Design of Experiments (Fisher, 1935): "permutation"
     """
-    familiar, rows = checked_scores(calibration), torch.as_tensor(batches)
+    check_choice("method", method, get_args(Method))
+    familiar, rows = _finite(checked_scores(calibration)), torch.as_tensor(batches)
     if rows.dim() != 2:
         raise ShapeError("batches (M, B)", f"{tuple(rows.shape)}", "One batch of scores is scores[None].")
-    rows = checked_scores(rows, 2)
-    if not bool(familiar.isfinite().all() and rows.isfinite().all()):
-        raise NonFiniteError("finite scores", "an infinite one", "A mean needs numbers; DriftMonitor needs only ranks.")
+    rows = _finite(checked_scores(rows, 2))
     if n_resamples < 1:
         raise DataError("n_resamples of at least 1", f"{n_resamples}", "999 resolves p-values of 0.001.")
     centre = familiar.mean()
@@ -99,6 +100,13 @@ def batch_typicality(
     slack = 1e-12 * (statistics + familiar.abs().mean())
     n_beyond = (resampled >= statistics - slack).sum(0)
     return BatchTypicality(statistics, (1 + n_beyond.double()) / (n_resamples + 1))
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """The scores; raises if one is infinite."""
+    if not bool(scores.isfinite().all()):
+        raise NonFiniteError("finite scores", "an infinite one", "A mean needs numbers; DriftMonitor needs only ranks.")
+    return scores
 
 
 def _subsets(n: int, size: int, n_subsets: int, generator: torch.Generator) -> Tensor:
@@ -158,6 +166,7 @@ class TypicalityMonitor:
 
     Raises:
         DataError: If ``window`` or ``level`` is out of its range, or there are too few resamples for the level.
+        UnsupportedError: If there is no such method.
 
     References:
         | Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick, Matsukawa, Teh,
@@ -171,6 +180,7 @@ class TypicalityMonitor:
 
     def __post_init__(self) -> None:
         check_rate("level", self.level)
+        check_choice("method", self.method, get_args(Method))
         if self.window < 1:
             raise DataError(
                 "a window of at least 1 row", f"{self.window}", "50 is a start; larger windows see weaker drift, later."
@@ -192,9 +202,9 @@ class TypicalityMonitor:
 
         Raises:
             DataError: If there is no calibration score.
-            NonFiniteError: If one is NaN.
+            NonFiniteError: If one is not finite.
         """
-        scores = checked_scores(calibration_scores)
+        scores = _finite(checked_scores(calibration_scores))
         return TypicalityState(scores, scores.new_empty(0), 0, None, seed)
 
     def update(self, state: TypicalityState, scores: Tensor | np.ndarray) -> tuple[TypicalityState, TypicalityInfo]:
@@ -211,7 +221,7 @@ class TypicalityMonitor:
             DataError: If there is no score.
             NonFiniteError: If a score is not finite.
         """
-        values = torch.cat([state.waiting, checked_scores(scores)])
+        values = torch.cat([state.waiting, _finite(checked_scores(scores))])
         n_full = len(values) // self.window
         full, waiting = values[: n_full * self.window], values[n_full * self.window :]
         n_before = state.n_seen - len(state.waiting)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import check_choice
 from bayesae.errors import DataError, ShapeError
 from bayesae.ood._checks import check_rate, checked_scores
 
@@ -217,9 +218,11 @@ class CombinedCalibration:
             The calibration.
 
         Raises:
+            UnsupportedError: If there is no such rule.
             DataError: If there is one row only.
             NonFiniteError: If a score is NaN.
         """
+        check_choice("rule", rule, get_args(Rule))
         values = checked_scores(scores, 2)
         if len(values) < 2:
             raise DataError("two calibration rows or more", "one", "Half of them rank scores, half the combination.")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import check_choice
 from bayesae.ood._checks import check_rate, checked_p_values, checked_scores
 from bayesae.ood.betting import Bet, SimpleJumper
 
 __all__ = ["DriftInfo", "DriftMonitor", "DriftState"]
+
+Statistic = Literal["martingale", "cusum", "shiryaev-roberts"]
 
 _BLOCK = 1024  # rows that are ranked among one another by pairs
 
@@ -85,6 +88,7 @@ class DriftMonitor:
 
     Raises:
         DataError: If ``level`` is not in (0, 1).
+        UnsupportedError: If there is no such statistic.
 
     Example:
         >>> familiar, strange = torch.arange(100.0), torch.full((20,), 200.0)
@@ -101,11 +105,12 @@ class DriftMonitor:
     """
 
     level: float = 0.01
-    statistic: Literal["martingale", "cusum", "shiryaev-roberts"] = "martingale"
+    statistic: Statistic = "martingale"
     bet: Bet = field(default_factory=SimpleJumper)
 
     def __post_init__(self) -> None:
         check_rate("level", self.level)
+        check_choice("statistic", self.statistic, get_args(Statistic))
 
     @property
     def log_limit(self) -> float:

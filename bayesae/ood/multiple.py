@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import check_choice
 from bayesae.errors import DataError, ShapeError
 from bayesae.ood._checks import check_rate, checked_p_values
 
 __all__ = ["benjamini_hochberg", "merge_p_values", "null_share"]
 
+Rule = Literal["bonferroni", "harmonic", "mean"]
 
-def merge_p_values(p_values: Tensor | np.ndarray, rule: Literal["bonferroni", "harmonic", "mean"]) -> Tensor:
+
+def merge_p_values(p_values: Tensor | np.ndarray, rule: Rule) -> Tensor:
     r"""One p-value a row from J of them, whatever their dependence.
 
     .. math:: J \min_j p_j \;\text{(bonferroni)}, \qquad \frac{2}{J} \sum_j p_j \;\text{(mean)}, \qquad
@@ -35,12 +38,14 @@ def merge_p_values(p_values: Tensor | np.ndarray, rule: Literal["bonferroni", "h
     Cost: one pass.
 
     Raises:
+        UnsupportedError: If there is no such rule.
         ShapeError: If p-values are not (N, J).
         DataError: If a number is no p-value.
 
     References:
         | Combining P-Values Via Averaging (Vovk, Wang, 2020)
     """
+    check_choice("rule", rule, get_args(Rule))
     p = checked_p_values(p_values)
     if p.dim() != 2:
         raise ShapeError("p-values (N, J)", f"{tuple(p.shape)}", "Stack the p-values of each score along axis 1.")

@@ -95,6 +95,11 @@ def test_levels_need_images(unit):
         fitted.interval(one_like(x), 0.95)
 
 
+def test_units_that_there_are():
+    with pytest.raises(bae.errors.UnsupportedError, match="unit, one of .*; got 'row'"):
+        SplitConformal("row")
+
+
 def test_positions_need_their_pixels():
     moments, x = normal(30)
     with pytest.raises(bae.errors.ShapeError, match=r"rows of shape \(2, 3\)"):

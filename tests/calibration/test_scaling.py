@@ -53,6 +53,8 @@ class TestVarianceScaling:
             VarianceScaling("pixel", 0).fit(moments, torch.where(torch.arange(3) == 1, moments.mean, x))
         with pytest.raises(bae.errors.DataError, match="n_prior of 0"):
             VarianceScaling(n_prior=-1)
+        with pytest.raises(bae.errors.UnsupportedError, match="by, one of .*; got 'image'"):
+            VarianceScaling("image")
         fitted = VarianceScaling("pixel").fit(moments, x)
         with pytest.raises(bae.errors.ShapeError, match=r"rows of shape \(2, 3\)"):
             fitted(moments_of(moments.mean[:, :1], moments.noise[:, :1]))

@@ -232,6 +232,10 @@ def test_combination_of_bad_input():
         CombinedCalibration.fit(torch.rand(1, 3))
     with pytest.raises(bae.errors.ShapeError, match="3 scores a row; got 2"):
         CombinedCalibration.fit(torch.rand(9, 3)).p_values(torch.rand(4, 2))
+    with pytest.raises(
+        bae.errors.UnsupportedError, match=r"rule, one of \['fisher', 'harmonic', 'minimum'\]; got 'mean'"
+    ):
+        CombinedCalibration.fit(torch.rand(9, 3), "mean")
 
 
 @pytest.mark.parametrize("n_scores", [2, 3])
@@ -259,6 +263,8 @@ def test_merging_one_p_value_and_bad_ones():
     for wrong in (0.0, 1.5, math.nan):
         with pytest.raises(bae.errors.DataError, match=r"p-values in \(0, 1\]"):
             bae.ood.merge_p_values(torch.tensor([[wrong]]), "mean")
+    with pytest.raises(bae.errors.UnsupportedError, match="rule, one of .*; got 'fisher'"):
+        bae.ood.merge_p_values(p, "fisher")
 
 
 # many rows

@@ -381,3 +381,18 @@ def test_typicality_of_bad_input():
         TypicalityMonitor(level=0.001, n_resamples=99)
     with pytest.raises(bae.errors.DataError, match="window of at least 1 row"):
         TypicalityMonitor(window=0)
+    with pytest.raises(bae.errors.UnsupportedError, match="method, one of"):
+        TypicalityMonitor(method="jackknife")
+    with pytest.raises(bae.errors.UnsupportedError, match="method, one of"):
+        bae.ood.batch_typicality(torch.rand(9), torch.rand(1, 2), method="jackknife")
+    with pytest.raises(bae.errors.UnsupportedError, match="statistic, one of .*; got 'sr'"):
+        DriftMonitor(statistic="sr")
+
+
+def test_an_infinite_score_is_refused_when_it_comes_not_when_its_window_is_full():
+    monitor = TypicalityMonitor(window=50)
+    with pytest.raises(bae.errors.NonFiniteError, match="finite scores"):
+        monitor.init(torch.tensor([0.0, math.inf]), seed=0)
+    state = monitor.init(torch.rand(9), seed=0)
+    with pytest.raises(bae.errors.NonFiniteError, match="finite scores"):
+        monitor.update(state, torch.tensor([-math.inf]))
