@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesae import random
+from bayesae.data import check_counts
 from bayesae.draws import Draws
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
 from bayesae.functional import check_finite
@@ -36,11 +37,7 @@ def code_covariance(draws: Draws) -> Tensor:
     Exact when: the draws are the whole posterior.
     Biased when: draws are few: low by a share 1 / (K S).
     """
-    latents = draws.latents.flatten(0, 1)
-    if len(latents) < 2:
-        raise UnsupportedError("at least two draws of the code", "one", "Draw more weights, or more codes.")
-    centred = latents - latents.mean(0)
-    return torch.einsum("dbi,dbj->bij", centred, centred) / len(latents)
+    return _covariance(draws).to(draws.latents.dtype)
 
 
 def code_variance(draws: Draws) -> Tensor:
@@ -87,7 +84,7 @@ def code_volume(draws: Draws) -> Tensor:
     if n_draws <= n_latents:
         fix = "Draw more weights, or use code_variance."
         raise UnsupportedError(f"more than {n_latents} draws of a code of that size", f"{n_draws}", fix)
-    log_det = torch.linalg.slogdet(code_covariance(draws).double()).logabsdet
+    log_det = torch.linalg.slogdet(_covariance(draws)).logabsdet
     volume = 0.5 * (log_det + n_latents * math.log(2 * math.pi * math.e))
     check_finite({"code_volume": volume}, "covariances of full rank", "Does a code dimension never move?")
     return volume.to(draws.latents.dtype)
@@ -201,7 +198,7 @@ class CodeFlow:
             The fitted score.
 
         Raises:
-            DataError: If there are fewer than 10 codes, or a dimension never moves.
+            DataError: If there are fewer than 10 codes, a dimension never moves, or a count is below 1.
             NonFiniteError: If a code is not finite.
 
         Exact when: codes are Normal, or autoregressively so given those before, in the limit of many.
@@ -210,6 +207,7 @@ class CodeFlow:
         References:
             | Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017)
         """
+        check_counts(n_transforms=n_transforms, epochs=epochs, batch_size=batch_size)
         codes = _checked(codes).float()
         loc, scale = codes.mean(0), codes.std(0, correction=0)
         if len(codes) < 10 or not bool((scale > 0).all()):
@@ -252,6 +250,15 @@ class CodeFlow:
         white = (latents.float() - self.loc.to(latents.device)) / self.scale.to(latents.device)
         log_prob = self.flow().log_prob(white.reshape(-1, white.shape[-1])).reshape(white.shape[:-1])
         return _over_draws(self.scale.log().sum() - log_prob).to(latents.dtype)
+
+
+def _covariance(draws: Draws) -> Tensor:
+    """Of the code over all draws, (B, Z, Z) in float64: dimensions that nearly hang together are told from rounding."""
+    latents = draws.latents.flatten(0, 1).double()
+    if len(latents) < 2:
+        raise UnsupportedError("at least two draws of the code", "one", "Draw more weights, or more codes.")
+    centred = latents - latents.mean(0)
+    return torch.einsum("dbi,dbj->bij", centred, centred) / len(latents)
 
 
 def _over_draws(values: Tensor) -> Tensor:

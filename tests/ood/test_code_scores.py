@@ -41,6 +41,14 @@ def test_volume_is_the_entropy_of_a_normal_and_ranks_alike_under_linear_maps():
     assert_close(moved - volume, torch.linalg.slogdet(matrix).logabsdet.expand(5))
 
 
+def test_codes_that_nearly_hang_together_are_not_judged_by_rounding():
+    """z2 = 3 z1 + 0.7 in float32: its covariance, rounded to float32, had a volume nine nats too large."""
+    first = torch.randn(1, 8, 3, 1)
+    latents = torch.cat([first, 3 * first + 0.7], -1)
+    assert_close(ood.code_volume(draws(latents)).double(), ood.code_volume(draws(latents.double())), rtol=1e-5, atol=0)
+    assert ood.code_covariance(draws(latents)).dtype == torch.float32
+
+
 def test_draws_that_are_too_few():
     with pytest.raises(bae.errors.UnsupportedError, match="two draws of the code"):
         ood.code_variance(draws(torch.zeros(1, 1, 2, 2, **F64)))
@@ -107,3 +115,24 @@ class TestCodeFlow:
             ood.CodeFlow.fit(torch.randn(5, 2))
         with pytest.raises(bae.errors.DataError, match="all dimensions moving"):
             ood.CodeFlow.fit(torch.ones(50, 2))
+        for wrong in ({"epochs": 0}, {"batch_size": 0}, {"n_transforms": 0}):
+            with pytest.raises(bae.errors.DataError, match=f"{next(iter(wrong))} of at least 1"):
+                ood.CodeFlow.fit(torch.randn(50, 2), **wrong)
+
+    @pytest.mark.slow
+    def test_finds_a_density_that_is_normal_given_the_dimensions_before(self):
+        """Not Normal in two dimensions: z2 has its mean and its deviation from z1."""
+        generator = torch.Generator().manual_seed(0)
+        first, noise = torch.randn(2, 4000, 1, generator=generator)
+
+        def law(z1):
+            return torch.distributions.Normal(z1.sin(), (0.5 * z1).exp())
+
+        codes = torch.cat([first, law(first).loc + law(first).scale * noise], 1)
+        score = ood.CodeFlow.fit(codes[:3000], n_transforms=1, epochs=40, seed=0)
+        z1, z2 = codes[3000:].unbind(1)
+        expected = -torch.distributions.Normal(0.0, 1.0).log_prob(z1) - law(z1).log_prob(z2)
+        plain = ood.Mahalanobis.fit(codes[:3000])(codes[3000:])
+        found = (score(codes[3000:]) - expected).abs().mean()
+        assert float(found) < 0.1
+        assert float((plain - plain.mean() - expected + expected.mean()).abs().mean()) > 3 * float(found)
