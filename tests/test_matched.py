@@ -19,6 +19,14 @@ def test_a_score_that_is_the_covariate_tells_nothing():
     assert matched_auroc(familiar, strange, a, b, n_bins=40) == pytest.approx(0.5, abs=0.02)
 
 
+def test_few_values_have_a_stratum_each_however_rare_they_are():
+    """Two of a hundred rows are dark: quantiles alone would have put them with the others."""
+    by = torch.tensor([0.0] * 2 + [1.0] * 98)
+    x, y = torch.arange(100.0), torch.arange(100.0) + 3 + 500 * (by == 0)
+    pairs = [(y[j] > x[i]) + 0.5 * (y[j] == x[i]) for i in range(100) for j in range(100) if by[i] == by[j]]
+    assert matched_auroc(x, y, by, by, n_bins=2) == pytest.approx(float(sum(pairs)) / len(pairs))
+
+
 def test_against_all_pairs():
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randint(3, (n,), generator=generator) for n in (30, 20))
@@ -38,3 +46,7 @@ def test_bad_input():
         matched_auroc(x, x, torch.zeros(5), torch.ones(5), n_bins=2)
     with pytest.raises(bae.errors.ShapeError, match="one covariate for every score"):
         matched_auroc(x, x, torch.zeros(4), torch.ones(5))
+    with pytest.raises(bae.errors.DataError, match="n_bins of at least 1"):
+        matched_auroc(x, x, x, x, n_bins=0)
+    with pytest.raises(bae.errors.NonFiniteError, match="covariates"):
+        matched_auroc(x, x, x * torch.nan, x)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesae.data import check_counts
 from bayesae.errors import DataError, ShapeError
 
 __all__ = ["BinaryCalibration", "brier_score", "ece"]
@@ -69,11 +70,12 @@ def ece(mean: Tensor, x: Tensor, *, n_bins: int = 10) -> BinaryCalibration:
 
     Raises:
         ShapeError: If shapes differ.
-        DataError: If a probability is not in [0, 1], or x is not 0 or 1.
+        DataError: If a probability is not in [0, 1], x is not 0 or 1, or ``n_bins`` is below 1.
 
     References:
         | Obtaining Well Calibrated Probabilities Using Bayesian Binning (Pakdaman Naeini, Cooper, Hauskrecht, 2015)
     """
+    check_counts(n_bins=n_bins)
     _check(mean, x)
     p, x = mean.detach().double().flatten(), x.double().flatten()
     edges = torch.linspace(0, 1, n_bins + 1, dtype=p.dtype, device=p.device)[1:-1]

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesae.data import check_counts
 from bayesae.errors import DataError
+from bayesae.functional import check_finite
 from bayesae.metrics.pit import CONTINUOUS, Atoms, checked, share_below
 
 __all__ = ["DeviationBins", "IntervalCoverage", "deviation_edges", "ence", "interval_coverage"]
@@ -129,8 +131,16 @@ def deviation_edges(var: Tensor, n_bins: int = 10) -> tuple[float, ...]:
         At most E - 1 rising deviations, units of x. Deviations up to an edge lie below it.
 
     Exact when: always, as quantiles of these variances; bins of other data hold other counts.
+
+    Raises:
+        DataError: If there are no variances, or ``n_bins`` is below 1.
+        NonFiniteError: If a variance is negative or not finite.
     """
+    check_counts(n_bins=n_bins)
     deviations = var.detach().double().flatten().sqrt().sort().values
+    if len(deviations) == 0:
+        raise DataError("at least one variance", "none", "Give those of a first batch.")
+    check_finite({"deviations": deviations}, "roots of variances", "Is a variance NaN or below 0?")
     places = [math.ceil(k * len(deviations) / n_bins) - 1 for k in range(1, n_bins)]
     edges = deviations[[place for place in places if place >= 0]]
     return tuple(edges[edges < deviations[-1]].unique().tolist())

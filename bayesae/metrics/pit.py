@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesae.data import check_counts
 from bayesae.errors import DataError
 from bayesae.functional import check_finite
 
@@ -154,13 +155,14 @@ def quantile_calibration(
         over levels.
 
     Raises:
-        DataError: If there are no values, or values outside the atoms' range.
+        DataError: If there are no values, values outside the atoms' range, or ``n_levels`` is below 1.
         NonFiniteError: If a standardised error is not finite.
 
     References:
         | Accurate Uncertainties for Deep Learning Using Calibrated Regression (Kuleshov, Fenner, Ermon, 2018)
         | Predictive Model Assessment for Count Data (Czado, Gneiting, Held, 2009)
     """
+    check_counts(n_levels=n_levels)
     mean, var, x = checked(mean, var, x, atoms)
     below, upto = atoms.levels_of(mean, var, x)
     levels = torch.arange(1, n_levels + 1, dtype=x.dtype, device=x.device) / (n_levels + 1)

@@ -52,13 +52,15 @@ def sparsification(mean: Tensor, var: Tensor, x: Tensor, *, n_shares: int = 100)
     Cost: two sorts.
 
     Raises:
-        DataError: If there are fewer values than shares, or no error at all.
+        DataError: If there are fewer than two shares, fewer values than shares, or no error at all.
         NonFiniteError: If a standardised error is not finite.
 
     References:
         | Uncertainty Estimates and Multi-Hypotheses Networks for Optical Flow (Ilg, Cicek, Galesso, Klein, Makansi,
           Hutter, Brox, 2018)
     """
+    if n_shares < 2:
+        raise DataError("at least two shares", f"n_shares={n_shares}", "100 are a curve.")
     mean, var, x = (part.flatten() for part in checked(mean, var, x, CONTINUOUS))
     squares = (x - mean) ** 2
     total = squares.mean()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bayesae.data import check_counts
 from bayesae.distributed import add_over_ranks
 from bayesae.errors import DataError, NonFiniteError, ShapeError
 from bayesae.metrics.intervals import (
@@ -106,8 +107,9 @@ class CalibrationSums:
             The sums, all 0.
 
         Raises:
-            DataError: If a level is not in (0, 1) or edges do not rise.
+            DataError: If a level is not in (0, 1), edges do not rise, or ``n_bins`` is below 1.
         """
+        check_counts(n_bins=n_bins)
         check_levels(levels)
         check_edges(edges)
         n_statistics = 4 + 2 * len(levels) + n_bins + 3 * (len(edges) + 1)

@@ -53,3 +53,5 @@ def test_what_is_refused():
             score(p, x / 2 + 0.25)
         with pytest.raises(bae.errors.ShapeError, match="one shape"):
             score(p, x[:2])
+    with pytest.raises(bae.errors.DataError, match="n_bins of at least 1"):
+        metrics.ece(p, x, n_bins=0)

@@ -98,3 +98,9 @@ def test_what_is_refused():
         metrics.interval_coverage(mean, var, x, levels=(95.0,))
     with pytest.raises(bae.errors.DataError, match="edges that rise"):
         metrics.ence(mean, var, x, edges=(0.3, 0.1))
+    with pytest.raises(bae.errors.DataError, match="n_bins of at least 1"):
+        metrics.deviation_edges(var, 0)
+    with pytest.raises(bae.errors.DataError, match="at least one variance"):
+        metrics.deviation_edges(var[:0])
+    with pytest.raises(bae.errors.NonFiniteError, match="variances"):
+        metrics.deviation_edges(var * torch.nan)

@@ -96,6 +96,8 @@ def test_what_is_refused():
         metrics.pit(mean, 0 * var, x)
     with pytest.raises(bae.errors.DataError, match="at least one"):
         metrics.pit(mean[:0], var[:0], x[:0])
+    with pytest.raises(bae.errors.DataError, match="n_levels of at least 1"):
+        metrics.quantile_calibration(mean, var, x, n_levels=0)
     with pytest.raises(bae.errors.DataError, match="low < high"):
         Atoms(1.0, 0.0)
     with pytest.raises(bae.errors.DataError, match="bin width"):

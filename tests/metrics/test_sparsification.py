@@ -48,3 +48,5 @@ def test_what_is_refused():
         metrics.sparsification(mean, var, x)
     with pytest.raises(bae.errors.DataError, match="an error to explain"):
         metrics.sparsification(mean, var, mean, n_shares=3)
+    with pytest.raises(bae.errors.DataError, match="at least two shares"):
+        metrics.sparsification(mean, var, x, n_shares=1)

@@ -93,5 +93,7 @@ def test_what_is_refused():
         sums.update(mean, 0 * var, x.clamp(0, 1)).result()
     with pytest.raises(bae.errors.ShapeError, match=r"\(B, 2, 3\)"):
         sums.update(mean, var, x[:, :1])
+    with pytest.raises(bae.errors.DataError, match="n_bins of at least 1"):
+        CalibrationSums.of((2, 3), n_bins=0)
     with pytest.raises(bae.errors.ShapeError, match="same settings"):
         sums.merge(CalibrationSums.of((2, 3)))
