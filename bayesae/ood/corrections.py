@@ -110,22 +110,26 @@ def likelihood_ratio(draws: Draws, background: Draws) -> Tensor:
     return negative_log_predictive(draws) - negative_log_predictive(background)
 
 
-def input_complexity(x: Tensor | np.ndarray, *, n_levels: int = 256) -> Tensor:
+def input_complexity(
+    x: Tensor | np.ndarray, *, n_levels: int = 256, value_range: tuple[float, float] | None = None
+) -> Tensor:
     r"""Length of a lossless code of each row, :math:`\log 2 \cdot 8\, |\text{bytes}|`.
 
     ``negative_log_predictive(draws) - input_complexity(x)`` is the published score: minus the log-ratio of the model's
     density to that of a universal code, which knows no data set.
 
     Args:
-        x: (B, \*data), quantised to ``n_levels`` levels between its smallest and largest value (of all rows together).
+        x: (B, \*data), quantised to ``n_levels`` levels.
         n_levels: Levels of grey.
+        value_range: Values of the lowest and the highest level, (0, 1) for images as `datasets.load` gives them. None
+            takes the smallest and largest of all rows together: a row's length then depends on those it comes with.
 
     Returns:
         (B,), float64 nats: the shorter of two DEFLATE codes, of the levels and of their differences along the last
         axis. A few dozen bytes of overhead are the same for all rows.
 
     Raises:
-        DataError: If there are no rows, entries are not finite, or levels do not fit a byte.
+        DataError: If there are no rows, entries are not finite or out of the range, or levels do not fit a byte.
 
     No exact case: any code is an upper bound of the complexity.
     Cost: a compression a row, on the CPU.
@@ -138,7 +142,11 @@ def input_complexity(x: Tensor | np.ndarray, *, n_levels: int = 256) -> Tensor:
     if rows.numel() == 0 or not bool(rows.isfinite().all()) or not 2 <= n_levels <= 256:
         got = f"shape {tuple(rows.shape)}, n_levels={n_levels}"
         raise DataError("finite rows and 2 to 256 levels", got, "Fill in what is missing, or leave those rows out.")
-    low, high = rows.min(), rows.max()
+    smallest, largest = float(rows.min()), float(rows.max())
+    low, high = (smallest, largest) if value_range is None else value_range
+    if not low <= smallest <= largest <= high:
+        got = f"values from {smallest:.4g} to {largest:.4g}"
+        raise DataError(f"rows within the value_range {(low, high)}", got, "Give the range of the data, low first.")
     levels = ((rows - low) / (high - low if high > low else 1.0) * (n_levels - 1)).round().numpy().astype(np.uint8)
     steps = np.diff(levels, axis=-1, prepend=np.uint8(0))  # modulo 256, so that nothing is lost
     lengths = [min(len(zlib.compress(a.tobytes(), 9)) for a in pair) for pair in zip(levels, steps, strict=True)]

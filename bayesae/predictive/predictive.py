@@ -208,7 +208,8 @@ class Predictive:
             chunk_size: Network rows at a time, 4096 if None.
 
         Returns:
-            What the function gave, (N, ...) each. Raises as a call does.
+            What the function gave, (N, ...) each, without names that it gives of some rows only. Raises as a call does.
+
         Cost: that of a call; memory of one chunk's outputs (K, S, B', \*O) and of all S draws of the weights.
         """
         size, rows, found = check_chunk(chunk_size), self._rows(x, mask, seed), []
@@ -220,7 +221,8 @@ class Predictive:
                 draws = concatenate_weight_draws(pieces)
                 check_finite({"log_likelihood": draws.log_likelihood}, "log-densities", _FAR)
                 found.append(reduction(draws))
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+        names = [name for name in found[0] if all(name in part for part in found)]
+        return {name: torch.cat([part[name] for part in found]) for name in names}
 
     @torch.no_grad()
     def over_chunks(

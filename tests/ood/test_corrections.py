@@ -110,6 +110,17 @@ class TestComplexity:
         entropy = 784 * 8 * math.log(2)
         assert entropy < float(found[2]) < 1.1 * entropy
 
+    def test_a_row_has_one_length_whatever_rows_come_along_if_the_range_is_given(self):
+        x = torch.rand(3, 1, 28, 28) / 2
+        more = torch.cat([x, torch.ones(1, 1, 28, 28)])
+        alone, together = (ood.input_complexity(rows, value_range=(0.0, 1.0)) for rows in (x, more))
+        assert torch.equal(alone, together[:3])
+        assert torch.equal(together, ood.input_complexity(torch.cat([more, torch.zeros(1, 1, 28, 28)]))[:4])
+        with pytest.raises(bae.errors.DataError, match="rows within"):
+            ood.input_complexity(x + 1, value_range=(0.0, 1.0))
+        with pytest.raises(bae.errors.DataError, match="rows within"):
+            ood.input_complexity(0 * x, value_range=(1.0, 0.0))
+
     def test_nothing_is_lost_and_nothing_touched(self):
         x = torch.rand(2, 5)
         before = x.clone()

@@ -39,6 +39,24 @@ def test_against_a_python_loop():
         assert float(found["disagreement"][b]) == pytest.approx(math.log(6 * sum(p**2 for p in w)))
 
 
+def test_scores_of_a_stochastic_code_read_importance_weighted_densities():
+    """Against a loop over codes: each weight draw's density is the mean of p(x, z) / q(z), not of p(x | z)."""
+    log_p, log_prior, log_q = (torch.randn(3, 4, 2, **F64) for _ in range(3))
+    stochastic = bae.Draws(torch.randn(3, 4, 2, 2, **F64), log_p, log_prior, log_q, bae.likelihoods.Gaussian(1.0))
+    density = [
+        [
+            math.log(sum(math.exp(float(log_p[k, s, b] + log_prior[k, s, b] - log_q[k, s, b])) for k in range(3)) / 3)
+            for b in range(2)
+        ]
+        for s in range(4)
+    ]
+    expected = ood.all_scores(draws(density))
+    found = ood.all_scores(stochastic)
+    for name, score in expected.items():
+        if not name.startswith("code"):
+            assert_close(found[name], score, msg=name)
+
+
 def test_the_published_orientations():
     """The entropy and effective sample size of the papers are low for strange rows: these fall as they do."""
     torch.manual_seed(1)

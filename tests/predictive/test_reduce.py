@@ -44,6 +44,17 @@ def test_masks_and_particles(model, rows):
     assert_close(found["waic"], ood.waic(predictive(rows, mask, seed=0)))
 
 
+def test_a_name_that_some_rows_lack_is_left_out(model, rows):
+    """As in a call over all rows, whose codes have a volume only if each of them moves."""
+
+    def reduction(draws):
+        names = {"waic", "last"} if draws.latents.shape[2] == 1 else {"waic", "first"}
+        return {name: ood.waic(draws) for name in sorted(names)}
+
+    found = bae.Predictive(model, normal(model)).reduce(reduction, rows, n_weight_draws=2, chunk_size=8, seed=0)
+    assert list(found) == ["waic"] and found["waic"].shape == (9,)
+
+
 def test_codes_that_never_move_have_no_volume(model, rows):
     predictive = bae.Predictive(model, normal(model, patterns=("decoder.**",)))
     found = predictive.reduce(ood.all_scores, rows, **(OPTIONS | {"n_latent_draws": 1}))
