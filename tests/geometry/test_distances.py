@@ -1,0 +1,160 @@
+"""Graphs, distance matrices, neighbours, medoids and means against closed forms and brute force."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import geometry
+from tests.geometry.surfaces import (
+    HYPERBOLIC,
+    SPHERE_METRIC,
+    codes,
+    half_plane_distance,
+    linear,
+    sphere,
+    sphere_distance,
+)
+
+
+def exactly(z):
+    return (z[:, None] - z).norm(dim=-1)
+
+
+def all_pairs(distance, z):
+    n = len(z)
+    return distance(z.repeat_interleave(n, 0), z.repeat(n, 1)).reshape(n, n)
+
+
+def test_a_grid_is_within_its_directions_of_a_plane():
+    z = codes(12)
+    found = geometry.grid_graph(geometry.Euclidean(), z, n_cells=60)
+    apart = torch.cdist(z, z)
+    paths, _ = found.distances(torch.arange(12))
+    off = ~torch.eye(12, dtype=torch.bool)
+    assert (paths[:, :12][off] >= apart[off] * (1 - 1e-12)).all()
+    # up to 1.4 % for directions, and two crooked steps at the ends
+    assert (paths[:, :12] <= 1.014 * apart + 0.5 * 2.4 / 60).all()
+
+
+def test_distances_of_a_curved_space():
+    z = codes(10, low=(0.5, 1.0))
+    found = geometry.distance_matrix(HYPERBOLIC, geometry.grid_graph(HYPERBOLIC, z, n_cells=50), 10, n_checked=20)
+    exact = all_pairs(half_plane_distance, z)
+    off = ~torch.eye(10, dtype=torch.bool)
+    assert ((found.matrix - exact)[off] / exact[off]).abs().median() < 0.02
+    assert torch.equal(found.matrix, found.matrix.T) and (found.matrix.diagonal() == 0).all()
+    assert found.has_converged.all()
+    checked = exact[found.pairs[:, 0], found.pairs[:, 1]]
+    assert_close(found.solved, checked, rtol=1e-3, atol=0)
+    assert_close(found.relative_errors, found.matrix[found.pairs[:, 0], found.pairs[:, 1]] / found.solved - 1)
+
+
+def test_a_graph_of_neighbours_is_one_piece_and_never_too_short():
+    z = torch.cat([codes(15), codes(15, seed=1) + 8])  # two clouds
+    graph = geometry.neighbour_graph(geometry.Euclidean(), z, n_neighbours=3)
+    paths, before = graph.distances(torch.arange(30))
+    assert torch.isfinite(paths).all() and (paths >= exactly(z) * (1 - 1e-12)).all()
+    way = graph.path(before[0], 20)
+    assert torch.equal(way[0], z[0]) and torch.equal(way[-1], z[20])
+    assert_close((way[1:] - way[:-1]).norm(dim=1).sum(), paths[0, 20])
+
+
+def test_equal_codes_are_joined():
+    z = codes(3).repeat(4, 1)
+    for graph in (
+        geometry.neighbour_graph(geometry.Euclidean(), z, n_neighbours=3),
+        geometry.grid_graph(geometry.Euclidean(), z, n_cells=30, margin=0.0),
+    ):
+        found = geometry.distance_matrix(geometry.Euclidean(), graph, 12, n_checked=0).matrix
+        assert (found - exactly(z)).abs().max() < 0.2
+
+
+def ring(z):
+    """A metric that is dear away from the unit circle."""
+    return (1 + 30 * (z.norm(dim=1) - 1) ** 2)[:, None, None] * torch.eye(2).to(z)
+
+
+def test_a_start_on_the_graph_finds_the_shorter_way():
+    metric = geometry.MetricFunction(ring)
+    angles = torch.linspace(0, 2 * math.pi, 40, dtype=torch.float64)[:-1]
+    z = torch.stack([angles.cos(), angles.sin()], 1)
+    graph = geometry.neighbour_graph(metric, z, n_neighbours=2)
+    starts, ends = torch.tensor([[1.0, 0.02]]).double(), torch.tensor([[-1.0, 0.02]]).double()
+    initial = geometry.graph_starts(graph, starts, ends)
+    assert initial.shape == (1, 33, 2) and torch.equal(initial[:, 0], starts) and torch.equal(initial[:, -1], ends)
+    steps = (initial[0, 1:] - initial[0, :-1]).norm(dim=1)
+    assert steps[2:].max() < 1.05 * steps[2:].min()  # the first one turns around at the nearest node
+    found = geometry.geodesics(metric, starts, ends, initial=initial)
+    assert found.has_converged.all() and found.length < 1.01 * math.pi < found.straight_length
+
+
+def test_neighbours_are_sorted():
+    z = codes(9)
+    matrix = torch.cdist(z, z)
+    found = geometry.geodesic_neighbours(matrix, 3)
+    for row, mine in enumerate(found.tolist()):
+        others = sorted((float(matrix[row, j]), j) for j in range(9) if j != row)
+        assert mine == [j for _, j in others[:3]]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_medoids_are_the_best_of_all_subsets(k):
+    z = torch.cat([codes(4), codes(4, seed=1) + 4, codes(3, seed=2) - 4])
+    matrix = torch.cdist(z, z)
+    found = geometry.k_medoids(matrix, k)
+    brute = min(float(matrix[list(some)].amin(0).sum()) for some in itertools.combinations(range(11), k))
+    assert found.cost == pytest.approx(brute)
+    assert torch.equal(found.labels, matrix[found.indices].argmin(0))
+    assert float(matrix[found.indices].amin(0).sum()) == pytest.approx(found.cost)
+
+
+def test_the_mean_of_a_constant_metric_is_arithmetic():
+    z = codes(5)
+    assert_close(geometry.frechet_mean(geometry.Pullback(linear()[1]), z), z.mean(0))
+
+
+def test_the_mean_on_the_sphere_has_no_mean_logarithm():
+    """Three points around a centre, an angle of 0.6 away, a third of a turn apart: the centre is their mean."""
+    angles = torch.tensor([0.0, 2 * math.pi / 3, 4 * math.pi / 3]).double()
+    east, north = torch.tensor([0.0, 1.0, 0.0]).double(), torch.tensor([0.0, 0.0, 1.0]).double()
+    centre = torch.tensor([1.0, 0.0, 0.0]).double()
+    points = math.cos(0.6) * centre + math.sin(0.6) * (angles.cos()[:, None] * east + angles.sin()[:, None] * north)
+    z = torch.stack([points[:, 2].acos(), torch.atan2(points[:, 1], points[:, 0])], 1)
+    found = geometry.frechet_mean(SPHERE_METRIC, z, start=z[0], tolerance=1e-4)
+    assert_close(found, torch.tensor([math.pi / 2, 0.0]).double(), rtol=0, atol=2e-4)
+    assert_close(sphere_distance(found.expand(3, 2), z), torch.full((3,), 0.6).double(), rtol=0, atol=3e-4)
+    assert sphere(found[None])[0, 0, 0] == pytest.approx(1, abs=1e-6)
+
+
+def test_what_is_refused():
+    z = codes(4)
+    with pytest.raises(bae.errors.ShapeError, match=r"codes \(N, 2\)"):
+        geometry.grid_graph(geometry.Euclidean(), z[:, :1])
+    with pytest.raises(bae.errors.DataError, match="codes that differ in both dimensions"):
+        geometry.grid_graph(geometry.Euclidean(), z[:1])
+    with pytest.raises(bae.errors.DataError, match="two codes and one neighbour"):
+        geometry.neighbour_graph(geometry.Euclidean(), z[:1])
+    graph = geometry.neighbour_graph(geometry.Euclidean(), z)
+    with pytest.raises(bae.errors.DataError, match="two codes or more, all of them nodes"):
+        geometry.distance_matrix(geometry.Euclidean(), graph, 5)
+    apart = geometry.CodeGraph(z, torch.tensor([[0, 1], [2, 3]]), torch.ones(2).double())
+    with pytest.raises(bae.errors.DataError, match="none for 4 pairs"):
+        geometry.distance_matrix(geometry.Euclidean(), apart, 4)
+    with pytest.raises(bae.errors.DataError, match="none for pair 0"):
+        geometry.graph_starts(apart, z[:1], z[3:])
+    with pytest.raises(bae.errors.ShapeError, match=r"distances \(N, N\)"):
+        geometry.geodesic_neighbours(z, 1)
+    with pytest.raises(bae.errors.DataError, match="k from 1 to 3"):
+        geometry.geodesic_neighbours(torch.cdist(z, z), 4)
+    with pytest.raises(bae.errors.DataError, match="k from 1 to 4"):
+        geometry.k_medoids(torch.cdist(z, z), 5)
+    with pytest.raises(bae.errors.NonFiniteError, match="finite distances"):
+        geometry.k_medoids(torch.full((3, 3), math.nan), 1)
+    with pytest.raises(bae.errors.DataError, match="steps that come to rest"):
+        geometry.frechet_mean(HYPERBOLIC, z, max_iterations=1, tolerance=1e-12)

@@ -1,0 +1,67 @@
+"""The law of lengths over weight draws, in closed form for linear decoders and draw by draw for others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import bayesae as bae
+from bayesae import geometry
+from tests.geometry.surfaces import codes, linear, network
+
+
+@pytest.mark.parametrize("curves", ["own", "expected"])
+def test_linear_decoders_have_their_own_lengths(curves):
+    weights, decoder = linear()
+    starts, ends = codes(4), codes(4, seed=1)
+    found = geometry.distance_draws(decoder, starts, ends, curves=curves, n_segments=8)
+    expected = torch.einsum("sdz,pz->spd", weights, ends - starts).norm(dim=-1)
+    assert_close(found.lengths, expected, rtol=1e-6, atol=0)
+    assert_close(found.mean(), expected.mean(0))
+    assert_close(found.variation(), expected.std(0) / expected.mean(0))
+    low, high = found.interval(0.5)
+    assert_close(low, expected.quantile(0.25, dim=0))
+    assert_close(high, expected.quantile(0.75, dim=0))
+
+
+def test_own_geodesics_are_those_of_every_decoder_alone():
+    decoder, starts, ends = network(n_draws=2), codes(2), codes(2, seed=1)
+    own = geometry.distance_draws(decoder, starts, ends)
+    for number in range(2):
+        alone = geometry.geodesics(geometry.Pullback(lambda z, s=number: decoder(z)[s : s + 1]), starts, ends)
+        assert_close(own.lengths[number], alone.length)
+    shared = geometry.distance_draws(decoder, starts, ends, curves="expected")
+    assert (own.lengths <= shared.lengths * (1 + 1e-6)).all()
+
+
+def test_a_band_of_linear_decoders_has_no_width():
+    starts, ends = codes(3), codes(3, seed=1)
+    band = geometry.geodesic_band(linear()[1], starts, ends, n_segments=8)
+    low, high = band.interval()
+    assert_close(low, high, rtol=0, atol=1e-8)
+    assert_close(low, band.expected.points, rtol=0, atol=1e-8)
+
+
+def test_a_band_holds_the_draws():
+    starts, ends = codes(1), codes(1, seed=1)
+    band = geometry.geodesic_band(network(n_draws=4), starts, ends, n_segments=8)
+    low, high = band.interval(0.99)
+    assert band.points.shape == (4, 1, 9, 2) and band.distances.lengths.shape == (4, 1)
+    assert (low[0, 1:-1] < high[0, 1:-1]).all() and torch.equal(low[0, 0], starts[0])
+    assert_close(low, band.points.quantile(0.005, dim=0))
+
+
+def test_a_solver_that_does_not_converge_says_so():
+    wild = network(n_draws=2, spread=2.0)
+    with pytest.warns(RuntimeWarning, match="of 2 geodesics of single draws have not converged"):
+        found = geometry.distance_draws(wild, codes(1) * 3, -codes(1, seed=1) * 3, n_segments=2)
+    assert not found.has_converged.all()
+
+
+def test_what_is_refused():
+    found = geometry.distance_draws(linear()[1], codes(1), codes(1, seed=1), n_segments=4)
+    with pytest.raises(bae.errors.DataError, match="a level between 0 and 1"):
+        found.interval(1.0)
+    with pytest.raises(bae.errors.DataError, match="two different codes"):
+        geometry.geodesic_band(linear()[1], codes(1), codes(1))
