@@ -23,7 +23,7 @@ from bayesae.families import Mixture
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
 from bayesae.models import Autoencoder
 from bayesae.predictive.mixtures import mixed
-from bayesae.predictive.streams import Pool, check_chunk, check_size, chunks, linearise, spread
+from bayesae.predictive.streams import Pool, check_chunk, check_size, chunks, joined, linearise, spread
 from bayesae.types import Batch, Params, WeightPosterior
 
 __all__ = ["Predictive"]
@@ -217,12 +217,10 @@ class Predictive:
             blocks = list(self._weight_blocks(n_weight_draws, n_latent_draws, size))
             n = sum(n_draws(params) for _, params in blocks)
             for batch in chunks(rows, n * n_latent_draws, size):
-                pieces = [own._evaluate(params, batch, n_latent_draws) for own, params in blocks]
-                draws = concatenate_weight_draws(pieces)
+                draws = concatenate_weight_draws([own._evaluate(some, batch, n_latent_draws) for own, some in blocks])
                 check_finite({"log_likelihood": draws.log_likelihood}, "log-densities", _FAR)
                 found.append(reduction(draws))
-        names = [name for name in found[0] if all(name in part for part in found)]
-        return {name: torch.cat([part[name] for part in found]) for name in names}
+        return joined(found)
 
     @torch.no_grad()
     def over_chunks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from bayesae.draws import Moments
 from bayesae.errors import ShapeError
 from bayesae.types import Batch, Likelihood, Params
 
-__all__ = ["Pool", "check_chunk", "check_size", "chunks", "linearise", "spread"]
+__all__ = ["Pool", "check_chunk", "check_size", "chunks", "joined", "linearise", "spread"]
 
 ROWS_AT_ONCE = 4096  # network rows (weight draws times code draws times data rows) in one call
 
@@ -90,3 +90,9 @@ def chunks(rows: Batch, n_calls: int, chunk_size: int) -> Iterator[Batch]:
     for index in rows.index.split(max(1, chunk_size // n_calls)):
         part = slice(int(index[0]), int(index[-1]) + 1)
         yield Batch(**{name: value[part] for name, value in rows._asdict().items() if value is not None})
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Results of consecutive rows, (B', ...) each, along the rows; of the names that all parts have."""
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    return {name: torch.cat([part[name] for part in parts]) for name in names}
