@@ -64,12 +64,13 @@ from bayesae.types import Batch
 
 if TYPE_CHECKING:
     from bayesae import estimators
-    from bayesae.estimators import BayesianAutoencoder, BayesianOutlierDetector
+    from bayesae.estimators import BayesianAutoencoder, BayesianImputer, BayesianOutlierDetector
 
 __all__ = [
     "Autoencoder",
     "Batch",
     "BayesianAutoencoder",
+    "BayesianImputer",
     "BayesianOutlierDetector",
     "Draws",
     "Evidence",
@@ -123,7 +124,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # scikit-learn takes longer to load than the rest of the library: on first use only
-    if name in {"estimators", "BayesianAutoencoder", "BayesianOutlierDetector"}:
+    if name in {"estimators", "BayesianAutoencoder", "BayesianImputer", "BayesianOutlierDetector"}:
         from importlib import import_module
 
         module = import_module("bayesae.estimators")

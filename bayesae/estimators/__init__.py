@@ -4,6 +4,7 @@ The only part of the library that needs scikit-learn to be imported; ``import ba
 """
 
 from bayesae.estimators.autoencoder import BayesianAutoencoder
+from bayesae.estimators.imputer import BayesianImputer
 from bayesae.estimators.outliers import BayesianOutlierDetector
 
-__all__ = ["BayesianAutoencoder", "BayesianOutlierDetector"]
+__all__ = ["BayesianAutoencoder", "BayesianImputer", "BayesianOutlierDetector"]

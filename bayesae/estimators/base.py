@@ -23,9 +23,9 @@ from bayesae.training import fit_model, fit_weights
 from bayesae.types import Likelihood
 from bayesae.weights import Laplace, WeightInference
 
-__all__ = ["TableModel"]
+__all__ = ["FLOOR", "Table", "TableModel"]
 
-_FLOOR = 1e-2  # of a column's noise, in standard deviations: finer agreement would let one column decide alone
+FLOOR = 1e-2  # of a column's noise, in standard deviations: finer agreement would let one column decide alone
 _WIDTHS = (16, 128)
 _ROWS_A_STEP = (16, 512)
 _STEPS_AN_EPOCH = 20
@@ -46,8 +46,8 @@ def _moments(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, deviation
 
 
-class TableModel(BaseEstimator):
-    """Fitting and scoring of a Bayesian autoencoder on a table; base of both estimators, which document it."""
+class Table(BaseEstimator):
+    """What every estimator of a table does to it: arguments, checks, columns scaled, sizes that fit it."""
 
     def __init__(
         self,
@@ -75,6 +75,56 @@ class TableModel(BaseEstimator):
         self.validation_fraction = validation_fraction
         self.random_state = random_state
 
+    def _sizes(self, n_columns: int) -> tuple[list[int], int]:
+        """Hidden widths of the encoder, and the code's size."""
+        width = min(max(4 * n_columns, _WIDTHS[0]), _WIDTHS[1])
+        hidden = [width] if self.hidden is None else [int(one) for one in self.hidden]
+        n_latents = max(1, min(round(math.sqrt(n_columns)), n_columns - 1))
+        n_latents = n_latents if self.latent_dim is None else int(self.latent_dim)
+        return hidden, n_latents
+
+    def _split(self, n_rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the rows that train, and of those that are held out, each in order."""
+        order = np.random.RandomState(seed).permutation(n_rows)
+        n_held_out = min(max(1, math.ceil(self.validation_fraction * n_rows)), n_rows - 1)
+        return np.sort(order[n_held_out:]), np.sort(order[:n_held_out])
+
+    def _rows_a_step(self, n_rows: int) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        return min(max(n_rows // _STEPS_AN_EPOCH, _ROWS_A_STEP[0]), _ROWS_A_STEP[1])
+
+    def _set_scale(self, table: np.ndarray) -> None:
+        table = table.astype(np.float64)
+        self.mean_, self.scale_ = np.zeros(table.shape[1]), np.ones(table.shape[1])
+        if self.standardise:
+            observed = [column[~np.isnan(column)][:, None] for column in table.T]
+            parts = [_moments(column) for column in observed] if np.isnan(table).any() else [_moments(table)]
+            self.mean_, deviation = (np.concatenate(part) for part in zip(*parts, strict=True))
+            # below the rounding of the mean a deviation is no deviation
+            self.scale_ = np.where(deviation > 1e-12 * np.abs(self.mean_) + 1e-300, deviation, 1.0)
+
+    def _scaled(self, table: np.ndarray) -> torch.Tensor:
+        with np.errstate(over="ignore"):
+            rows = (table.astype(np.float64) - self.mean_) / self.scale_
+        is_lost = ~np.isfinite(rows) & np.isfinite(table)
+        if is_lost.any():
+            columns = np.flatnonzero(is_lost.any(0))
+            got = f"infinite ones in columns {columns[:5].tolist()} ({len(columns)} in all)"
+            raise DataError("rows that are finite once scaled", got, "Clip them, or give them another unit.")
+        return torch.from_numpy(rows)
+
+    def _checked(self, X: object) -> np.ndarray:  # noqa: N803
+        check_is_fitted(self)
+        return self._validated(X, reset=False)
+
+    def _validated(self, X: Any, **options: Any) -> np.ndarray:  # noqa: ANN401, N803
+        return np.asarray(validate_data(self, X, dtype=(np.float64, np.float32), **options))
+
+
+class TableModel(Table):
+    """Fitting and scoring of a Bayesian autoencoder on a table; base of two estimators, which document it."""
+
     def fit(self, X: object, y: object = None) -> Self:  # noqa: N803 - scikit-learn's name
         """Scale the table, train the network, put the posterior over its weights.
 
@@ -100,14 +150,11 @@ class TableModel(BaseEstimator):
         self._set_scale(table)
         rows = self._scaled(table)
         n_rows, n_columns = rows.shape
-        order = np.random.RandomState(seed).permutation(n_rows)
-        n_held_out = min(max(1, math.ceil(self.validation_fraction * n_rows)), n_rows - 1)
-        held_out = np.sort(order[:n_held_out])
-        train, validation = rows[np.sort(order[n_held_out:])], rows[held_out]
+        kept, held_out = self._split(n_rows, seed)
+        train, validation = rows[kept], rows[held_out]
         hidden, n_latents = self._sizes(n_columns)
-        size = min(max(len(train) // _STEPS_AN_EPOCH, _ROWS_A_STEP[0]), _ROWS_A_STEP[1])
-        size = size if self.batch_size is None else self.batch_size
-        likelihood = StudentT(per_output=True, floor=_FLOOR) if self.likelihood is None else self.likelihood
+        size = self._rows_a_step(len(train))
+        likelihood = StudentT(per_output=True, floor=FLOOR) if self.likelihood is None else self.likelihood
         with random.scope(seed):
             encoder = nets.mlp(n_columns, hidden, n_latents).double()
             decoder = nets.mlp(n_latents, hidden[::-1], n_columns).double()
@@ -127,38 +174,6 @@ class TableModel(BaseEstimator):
         self._seed = seed
         self.n_iter_ = len(self.history_.train)
         return table, held_out
-
-    def _sizes(self, n_columns: int) -> tuple[list[int], int]:
-        """Hidden widths of the encoder, and the code's size."""
-        width = min(max(4 * n_columns, _WIDTHS[0]), _WIDTHS[1])
-        hidden = [width] if self.hidden is None else [int(one) for one in self.hidden]
-        n_latents = max(1, min(round(math.sqrt(n_columns)), n_columns - 1))
-        n_latents = n_latents if self.latent_dim is None else int(self.latent_dim)
-        return hidden, n_latents
-
-    def _set_scale(self, table: np.ndarray) -> None:
-        table = table.astype(np.float64)
-        self.mean_, self.scale_ = np.zeros(table.shape[1]), np.ones(table.shape[1])
-        if self.standardise:
-            self.mean_, deviation = _moments(table)
-            # below the rounding of the mean a deviation is no deviation
-            self.scale_ = np.where(deviation > 1e-12 * np.abs(self.mean_) + 1e-300, deviation, 1.0)
-
-    def _scaled(self, table: np.ndarray) -> torch.Tensor:
-        with np.errstate(over="ignore"):
-            rows = (table.astype(np.float64) - self.mean_) / self.scale_
-        if not np.isfinite(rows).all():
-            columns = np.flatnonzero(~np.isfinite(rows).all(0))
-            got = f"infinite ones in columns {columns[:5].tolist()} ({len(columns)} in all)"
-            raise DataError("rows that are finite once scaled", got, "Clip them, or give them another unit.")
-        return torch.from_numpy(rows)
-
-    def _checked(self, X: object) -> np.ndarray:  # noqa: N803
-        check_is_fitted(self)
-        return self._validated(X, reset=False)
-
-    def _validated(self, X: Any, **options: Any) -> np.ndarray:  # noqa: ANN401, N803
-        return np.asarray(validate_data(self, X, dtype=(np.float64, np.float32), **options))
 
     def _contributions(self, table: np.ndarray) -> np.ndarray:
         rows = self._scaled(table)

@@ -13,7 +13,7 @@ from bayesae.errors import DataError, UnsupportedError
 from bayesae.types import Likelihood
 
 if TYPE_CHECKING:
-    from bayesae.estimators.base import TableModel
+    from bayesae.estimators.base import Table
 
 __all__ = ["check_number", "check_training"]
 
@@ -37,8 +37,8 @@ def check_number(name: str, value: object, expected: str, fits: Callable[[float]
         raise DataError(f"a {name} {expected}", repr(value)[:80], fix)
 
 
-def check_training(estimator: TableModel) -> None:
-    """Raise unless all arguments that both estimators share can be used.
+def check_training(estimator: Table) -> None:
+    """Raise unless all arguments that the estimators share can be used.
 
     Args:
         estimator: Whose.

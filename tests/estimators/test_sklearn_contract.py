@@ -9,6 +9,7 @@ import bayesae as bae
 ESTIMATORS = [
     bae.BayesianAutoencoder(epochs=2, patience=2),
     bae.BayesianOutlierDetector(epochs=2, patience=2),
+    bae.BayesianImputer(epochs=2, patience=2, n_draws=4),
 ]
 
 
