@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import zlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -89,6 +92,31 @@ def test_regret_is_the_amortisation_gap_of_a_linear_decoder():
         ood.likelihood_regret(first, bae.Predictive(model, weights, bae.codes.amortised)(x[:2], seed=0))
 
 
+def test_regret_takes_the_divergence_in_closed_form_where_there_is_one():
+    """Of two codes the mean of log q - log p is far from it: both bounds against the divergence of the laws."""
+    model, weights = vae()
+    x = torch.randn(4, 5, **F64)
+    first, second = (
+        bae.Predictive(model, weights, codes)(x, n_latent_draws=2, seed=0)
+        for codes in (bae.codes.amortised, bae.codes.Laplace())
+    )
+    law = bae.codes.amortised.law(model.at({n: v[None] for n, v in weights.mean.items()}), bae.Batch(x))
+    q = torch.distributions.Normal(law.loc[0], law.log_scale[0].exp())
+    bound = first.log_likelihood.mean(0)[0] - torch.distributions.kl_divergence(
+        q, torch.distributions.Normal(torch.zeros((), **F64), 1.0)
+    ).sum(-1)
+    without = replace(second, kl=None)
+    assert_close(ood.likelihood_regret(first, without), without.log_ratio.mean(0)[0] - bound)
+    assert (
+        float(
+            (ood.likelihood_regret(first, without) - ood.likelihood_regret(replace(first, kl=None), without))
+            .abs()
+            .max()
+        )
+        > 0.1
+    )
+
+
 def test_ratio_to_itself_is_nothing_and_else_the_difference():
     model, weights = vae()
     x = torch.randn(4, 5, **F64)
@@ -121,7 +149,23 @@ class TestComplexity:
         with pytest.raises(bae.errors.DataError, match="rows within"):
             ood.input_complexity(0 * x, value_range=(1.0, 0.0))
 
-    def test_nothing_is_lost_and_nothing_touched(self):
+    @pytest.mark.parametrize("n_levels", [256, 9])
+    def test_is_the_shorter_of_two_codes_of_the_bytes(self, n_levels):
+        generator = torch.Generator().manual_seed(0)
+        levels = torch.randint(n_levels, (3, 20, 20), generator=generator)
+        levels[0] = torch.arange(20) % n_levels  # differences are the shorter code
+        levels[1] = levels[1, 0, torch.randint(2, (20, 20), generator=generator)]  # levels are
+        levels[2, 0, :2] = torch.tensor([0, n_levels - 1])
+        found, is_plain = ood.input_complexity(levels / (n_levels - 1), n_levels=n_levels), []
+        for row, length in zip(levels.numpy().astype(np.uint8), found.tolist(), strict=True):
+            steps = np.concatenate([row[:, :1], row[:, 1:] - row[:, :-1]], 1)
+            both = [len(zlib.compress(code.tobytes(), 9)) for code in (row, steps)]
+            assert length == pytest.approx(8 * math.log(2) * min(both))
+            assert np.array_equal(steps.cumsum(1, dtype=np.uint8), row)  # nothing is lost
+            is_plain.append(both[0] < both[1])
+        assert is_plain[:2] == [False, True]
+
+    def test_arrays_and_the_callers_rows(self):
         x = torch.rand(2, 5)
         before = x.clone()
         assert torch.equal(ood.input_complexity(x), ood.input_complexity(x.numpy()))

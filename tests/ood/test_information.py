@@ -152,6 +152,24 @@ def test_bound_is_hadamards():
     assert_close(bound, gain, rtol=1e-12, atol=0)
 
 
+def test_float32_outputs_lose_nothing_more():
+    """Outputs far from 0 that differ little between draws: means and products in float32 would round them away."""
+    outputs = (1000 + 1e-2 * normal(5, 4, 3, 6)).float()
+    likelihood = bae.likelihoods.Gaussian(0.1)
+    wide = bae.ood.information_gram(draws_of(outputs.double(), likelihood))
+    found = bae.ood.information_gram(draws_of(outputs, likelihood))
+    assert_close(found, wide, rtol=1e-6, atol=1e-9)  # the noise variance itself is a float32
+    assert found.dtype == torch.float64
+
+
+def test_a_number_without_noise_or_variance_tells_nothing():
+    """A dead pixel: 0 / 0."""
+    moments = bae.Moments(
+        *(torch.tensor([[0.0, v]], **F64) for v in (1.0, 0.5, 0.0, 1.5)), bae.likelihoods.Gaussian(1.0)
+    )
+    assert_close(bae.ood.information_gain_bound(moments), torch.tensor([0.5 * math.log(4)], **F64))
+
+
 def test_chunks_of_one_seed_belong_together(model, rows):
     predictive = bae.Predictive(model, bae.fit_weights(bae.weights.Laplace(), model, rows))
 
