@@ -46,6 +46,12 @@ def test_of_a_normal_law(is_fair):
     assert float(found.mean() - exact - excess) == pytest.approx(0, abs=4 * float(found.std()) / math.sqrt(n))
 
 
+@pytest.mark.parametrize("score", [metrics.crps_of_draws, metrics.energy_score])
+def test_single_precision_is_scored_in_double(score):
+    draws, x = (1000 + 1e-2 * part.float() for part in rows(s=300))
+    assert_close(score(draws, x), score(draws.double(), x.double()), rtol=1e-12, atol=0)
+
+
 def test_a_single_draw_is_an_absolute_error():
     draws, x = rows(s=1)
     assert_close(metrics.crps_of_draws(draws, x), (draws[0] - x).abs())

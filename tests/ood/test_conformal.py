@@ -287,6 +287,24 @@ def test_benjamini_hochberg_is_the_step_up_procedure():
         assert sorted(torch.tensor(p, **F64)[flagged].tolist()) == ordered[:k]
 
 
+def test_a_share_of_familiar_rows_multiplies_what_is_adjusted():
+    p = torch.rand(200, **F64) ** 2 * 0.1
+    adjusted = bae.ood.benjamini_hochberg(p)
+    assert float(adjusted.max()) < 1
+    assert_close(bae.ood.benjamini_hochberg(p, null_share=0.4), 0.4 * adjusted)
+
+
+@pytest.mark.parametrize("q", [0.1, 0.4])
+def test_independent_uniform_p_values_have_the_rate_times_their_share(q):
+    """Not only at most, as 15 of 20 rows are familiar: whatever the law of the others."""
+    shares = []
+    for p in torch.rand(3000, 20, **F64):
+        p[15:] = p[15:] ** 4
+        flagged = bae.ood.benjamini_hochberg(p) <= q
+        shares.append(int(flagged[:15].sum()) / max(1, int(flagged.sum())))
+    assert abs(np.mean(shares) - 0.75 * q) < 3.5 * np.std(shares) / math.sqrt(len(shares))
+
+
 def false_discoveries(shift, n_worlds, share):
     """False-discovery proportions at q = 0.2 with 0.3 of 60 rows strange, all against one calibration set a world."""
     proportions = []

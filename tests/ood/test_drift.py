@@ -211,6 +211,18 @@ def test_a_shift_is_found(statistic, bet):
     assert state.alarmed_at is not None and 50 < state.alarmed_at <= 110
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_an_alarm_is_a_statistic_at_the_limit(statistic):
+    """Levels a hair to either side of one over the largest value of a stream."""
+    calibration, stream = torch.randn(30), torch.randn(40) + 2
+    start = DriftMonitor().init(calibration, seed=0)
+    p_values = DriftMonitor().update(start, stream)[1].p_values
+    path = DriftMonitor(statistic=statistic).log_statistics(p_values)
+    for hair, alarmed_at in ((-1e-9, 1 + int(path.argmax())), (1e-9, None)):
+        monitor = DriftMonitor(math.exp(-float(path.max()) - hair), statistic)
+        assert monitor.update(monitor.init(calibration, seed=0), stream)[0].alarmed_at == alarmed_at
+
+
 def test_only_the_jumper_sees_scores_that_are_too_familiar():
     calibration, stream = torch.randn(200), torch.randn(150) - 1.5
     for bet, is_seen in ((SimpleJumper(), True), (PowerMixture(), False)):
