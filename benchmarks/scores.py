@@ -6,7 +6,7 @@ A VAE (784-256-64-2, mirrored, tanh, float32) under a diagonal Normal over all w
 10,000 images of MNIST where they are at hand (uniform noise else). "every score of Draws" is
 `Predictive.reduce(ood.all_scores)`: predictive, expected and typical log-densities, WAIC, disagreement, entropy,
 deviation, information gain (which reads outputs), variance and volume of the code. "the decoder alone" is as many plain
-decoder passes. Priced apart, under the mean weights: likelihood regret (20 steps, 4 directions), a background model's
+decoder passes. Priced apart, under the mean weights: likelihood regret (20 steps, 2 directions), a background model's
 densities, and input complexity. Memory is the highest of a process of its own that scores all rows.
 """
 
