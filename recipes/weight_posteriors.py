@@ -74,14 +74,20 @@ class Method:
 
     Args:
         make: From the configuration and a step to the method.
-        steps: Candidates; one is no choice.
+        steps: Candidates on the digits; one is no choice.
+        for_images: Candidates on images, whose likelihood is curved a thousand times more; None: the same.
     """
 
     make: Callable[[Config, float], Any]
     steps: tuple[float, ...] = (math.nan,)
+    for_images: tuple[float, ...] | None = None
+
+    def candidates(self, config: Config) -> tuple[float, ...]:
+        """Of a data set."""
+        return self.steps if config.data == "digits" or self.for_images is None else self.for_images
 
 
-def chains(kind: Callable[..., Any], steps: tuple[float, ...], **options: Any) -> Method:  # noqa: ANN401
+def chains(kind: Callable[..., Any], steps: Sequence[tuple[float, ...]], **options: Any) -> Method:  # noqa: ANN401
     """A sampler of four chains that keeps the second half, thinned to about ten draws a chain."""
 
     def make(config: Config, step: float) -> Any:  # noqa: ANN401
@@ -89,7 +95,7 @@ def chains(kind: Callable[..., Any], steps: tuple[float, ...], **options: Any) -
         kept = {"thinning": max(1, n_steps // 40), "n_chains": config.n_chains, "epochs": config.epochs}
         return kind(step, **{"burn_in": 0.5, **kept, **options})
 
-    return Method(make, steps)
+    return Method(make, *steps)
 
 
 def ensemble(config: Config, step: float, **options: Any) -> weights.Ensemble:  # noqa: ANN401
@@ -97,20 +103,22 @@ def ensemble(config: Config, step: float, **options: Any) -> weights.Ensemble:  
     return weights.Ensemble(config.n_members, config.epochs, config.learning_rate, **options)
 
 
-SMALL, SCALED = (1e-7, 1e-6, 1e-5), (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+SMALL = (1e-7, 1e-6, 1e-5), (1e-10, 1e-9, 1e-8)
+SCALED = (1e-6, 1e-5, 1e-4, 1e-3), (1e-5, 1e-4, 1e-3)
+RATES = (1e-5, 1e-4, 1e-3), (1e-6, 1e-5, 1e-4)
+BOUNDS = (1e-4, 1e-3, 5e-3), (1e-5, 1e-4, 1e-3)
 METHODS = {
     "MAP": Method(lambda c, s: weights.MAP()),
     "Laplace, diagonal": Method(lambda c, s: weights.Laplace()),
     "Laplace, Kronecker": Method(lambda c, s: weights.Laplace("kronecker")),
     "Laplace, low rank": Method(lambda c, s: weights.Laplace("low_rank")),
-    "online Laplace": Method(lambda c, s: weights.OnlineLaplace(c.epochs, s), RATES),
-    "SWAG, diagonal": Method(lambda c, s: weights.SWAG(0, c.epochs, s), RATES),
-    "SWAG": Method(lambda c, s: weights.SWAG(min(20, c.epochs // 2), c.epochs, s), RATES),
-    "mean field, shared weights": Method(lambda c, s: weights.MeanField(c.epochs, s), (1e-4, 1e-3, 5e-3)),
-    "mean field, local": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="local"), (1e-4, 1e-3, 5e-3)),
-    "mean field, Flipout": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="flipout"), (1e-4, 1e-3, 5e-3)),
-    "factor covariance": Method(lambda c, s: weights.MeanField(c.epochs, s, rank=5), (1e-4, 1e-3, 5e-3)),
+    "online Laplace": Method(lambda c, s: weights.OnlineLaplace(c.epochs, s), *RATES),
+    "SWAG, diagonal": Method(lambda c, s: weights.SWAG(0, c.epochs, s), *RATES),
+    "SWAG": Method(lambda c, s: weights.SWAG(min(20, c.epochs // 2), c.epochs, s), *RATES),
+    "mean field, shared weights": Method(lambda c, s: weights.MeanField(c.epochs, s), *BOUNDS),
+    "mean field, local": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="local"), *BOUNDS),
+    "mean field, Flipout": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="flipout"), *BOUNDS),
+    "factor covariance": Method(lambda c, s: weights.MeanField(c.epochs, s, rank=5), *BOUNDS),
     "SGLD": chains(weights.SGLD, SMALL),
     "SGLD, preconditioned": chains(partial(weights.SGLD, preconditioner=weights.RMSProp()), SCALED),
     "SGLD, cyclical": chains(partial(weights.SGLD, schedule=weights.Cyclical(4)), SMALL, burn_in=0.0),
@@ -123,7 +131,9 @@ METHODS = {
     "dropout": Method(lambda c, s: weights.Dropout(s, epochs=c.epochs), (0.01, 0.05, 0.2)),
     "Laplace over an ensemble": Method(lambda c, s: weights.MixtureOf(ensemble(c, s), weights.Laplace())),
     "SWAG over an ensemble": Method(
-        lambda c, s: weights.MixtureOf(ensemble(c, s), weights.SWAG(min(20, c.epochs // 2), c.epochs, s)), RATES
+        lambda c, s: weights.MixtureOf(ensemble(c, s), weights.SWAG(min(20, c.epochs // 2), c.epochs, s)),
+        (1e-5, 1e-4),
+        (1e-6, 1e-5),
     ),
 }
 
@@ -203,10 +213,11 @@ def measure(predictive: bae.Predictive, world: World, n_draws: int) -> dict[str,
 
 def choose(method: Method, model: bae.Autoencoder, world: World, config: Config, seed: int) -> tuple[float, list[str]]:
     """The candidate that the validation rows like best, and what each of them came to."""
-    if len(method.steps) == 1:
-        return method.steps[0], []
+    steps = method.candidates(config)
+    if len(steps) == 1:
+        return steps[0], []
     densities, words = [], []
-    for step in method.steps:
+    for step in steps:
         try:
             predictive = fit(method.make(config, step), model, world, config, seed)
             moments = moments_of(predictive, world.validation, config.n_draws)
@@ -215,7 +226,7 @@ def choose(method: Method, model: bae.Autoencoder, world: World, config: Config,
             density = -math.inf
         densities.append(density)
         words.append(f"{step:g}: {density:.2f}")
-    return method.steps[densities.index(max(densities))], words
+    return steps[densities.index(max(densities))], words
 
 
 def run(config: Config, flags: report.Flags, records: report.Records) -> None:
@@ -231,6 +242,10 @@ def run(config: Config, flags: report.Flags, records: report.Records) -> None:
             if name not in steps:
                 steps[name], words = choose(method, model, world, config, seed)
                 print(f"{config.data}, {name}: {', '.join(words) or 'nothing to choose'}", flush=True)
+                if words and all(word.endswith("-inf") for word in words):
+                    raise bae.errors.NonFiniteError(
+                        "a step that does not diverge", name, "Add smaller ones to its list."
+                    )
             start = time.process_time()
             predictive = fit(method.make(config, steps[name]), model, world, config, seed)
             values = {"cost": (time.process_time() - start) / training}
