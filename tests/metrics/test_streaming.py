@@ -58,6 +58,15 @@ def test_merging_and_batches_do_not_matter():
     assert_close(first.over_ranks().sums, first.sums)
 
 
+def test_rows_of_all_ranks_count(monkeypatch):
+    """Two ranks with the same rows, without the processes."""
+    monkeypatch.setattr("bayesae.metrics.streaming.add_over_ranks", lambda parts: [2 * part for part in parts])
+    one = summed(rows())
+    both = one.over_ranks()
+    assert_close(both.sums, one.merge(one).sums)
+    assert one.result().n_values * 2 == both.result().n_values
+
+
 def test_a_mask_leaves_entries_out():
     mean, var, x = rows()
     mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(5)) < 0.6
