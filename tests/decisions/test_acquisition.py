@@ -40,6 +40,22 @@ def test_lazy_is_greedy(seed):
     assert bool((found.gains.diff() <= 1e-12).all())
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 7])
+def test_lazy_is_greedy_over_many_blocks(at_once, monkeypatch):
+    """Rows of few directions, so that bounds of the last step are far off; in blocks smaller than the candidates."""
+    looks = []
+
+    def counted(grams):
+        looks.append(len(grams))
+        return bae.ood.joint_information(grams)
+
+    monkeypatch.setattr("bayesae.decisions.acquisition._ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr("bayesae.decisions.acquisition.joint_information", counted)
+    grams = grams_of(40, n_draws=3, n_outputs=1, scale=2.0)
+    assert bae.decisions.acquire(grams, 8).rows.tolist() == greedy(grams, 8)
+    assert sum(looks) < 40 * 8 / 2  # and most rows are not looked at again
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_at_least_63_percent_of_the_best_batch(seed):
     grams = grams_of(9, n_outputs=1, scale=3.0, seed=seed)
