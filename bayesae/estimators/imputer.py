@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils import Tags, check_random_state
+from torch import nn
 
 from bayesae import nets, objectives, random
 from bayesae.codes import amortised
@@ -28,6 +29,7 @@ from bayesae.weights import MAP, WeightInference
 __all__ = ["BayesianImputer"]
 
 _TRAINING_DRAWS = 10  # K of the bound
+_WIDTH, _MOST_LATENTS = 128, 32
 
 
 class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
@@ -41,9 +43,9 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
               \qquad x_m \sim \iint p(x_m \mid z, \theta)\, p(z \mid x_o, \theta)\, q(\theta)\, dz\, d\theta
 
     Args:
-        latent_dim: Size of the code. None: the root of the number of columns, rounded.
-        hidden: Widths of the encoder's hidden layers; the decoder's are these reversed. None: one layer of four times
-            the columns, between 16 and 128.
+        latent_dim: Size of the code. None: as many as columns, 32 at most; dimensions that explain nothing fall back to
+            the prior, and cost time alone.
+        hidden: Widths of the encoder's hidden layers (rectifiers); the decoder's are these reversed. None: one of 128.
         likelihood: Of scaled columns. None: ``StudentT(per_output=True, floor=0.01)``.
         weights: Method of the weight posterior. None: the weights as they were trained (`weights.MAP`).
         standardise: Whether columns are centred and divided by their standard deviation first. False for a likelihood
@@ -94,7 +96,7 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
         standardise: bool = True,
         epochs: int = 300,
         batch_size: int | None = None,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 3e-3,
         patience: int = 30,
         validation_fraction: float = 0.2,
         random_state: int | np.random.RandomState | None = None,
@@ -151,8 +153,8 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
         likelihood = StudentT(per_output=True, floor=FLOOR) if self.likelihood is None else self.likelihood
         options: dict[str, Any] = {"batch_size": size, "codes": amortised, "progress": False}
         with random.scope(seed):
-            encoder = nets.mlp(table.shape[1], hidden, (n_latents, 2)).double()
-            decoder = nets.mlp(n_latents, hidden[::-1], table.shape[1]).double()
+            encoder = nets.mlp(table.shape[1], hidden, (n_latents, 2), activation=nn.ReLU).double()
+            decoder = nets.mlp(n_latents, hidden[::-1], table.shape[1], activation=nn.ReLU).double()
             self.model_ = Autoencoder(encoder, decoder, copy.deepcopy(likelihood))
             self.history_ = fit_model(
                 self.model_,
@@ -249,6 +251,11 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
         values = (rows.numpy() * self.scale_ + self.mean_).astype(table.dtype)
         filled[is_missing] = values[is_missing[is_missing.any(1)]]
         return filled
+
+    def _sizes(self, n_columns: int) -> tuple[list[int], int]:
+        hidden, n_latents = super()._sizes(n_columns)
+        hidden = [_WIDTH] if self.hidden is None else hidden
+        return hidden, min(n_columns, _MOST_LATENTS) if self.latent_dim is None else n_latents
 
     def _validated(self, X: Any, **options: Any) -> np.ndarray:  # noqa: ANN401, N803
         return super()._validated(X, ensure_all_finite="allow-nan", **options)
