@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
-from bayesae.geometry.curves import CubicSpline, chord_energy, chord_length, end_slopes, straight_lines
+from bayesae.geometry.curves import CubicSpline, chord_length, end_slopes, straight_lines
 from bayesae.geometry.derivatives import checked_points
 from bayesae.geometry.metrics import Metric, SegmentEnergy
 from bayesae.geometry.tridiagonal import BlockTridiagonal
@@ -19,6 +19,7 @@ __all__ = ["Geodesics", "checked_pairs", "geodesics"]
 _COARSEST = 8  # segments of the first level: far from the answer, nodes are cheap
 _GAUSS_NEWTON_UNTIL = 0.03  # predicted share of the energy below which the full Hessian is worth its price
 _HIGHEST_DAMPING = 1e8
+_COARSE_TOLERANCE = 1e-3  # of the levels before the last
 _COARSE = 0.1  # growth of a length under halved segments above which points are no curve
 
 
@@ -103,26 +104,25 @@ def geodesics(
         got = f"n_segments={n_segments}, max_iterations={max_iterations}"
         raise DataError("n_segments >= 2 and max_iterations >= 1", got, "32 and 100 will do.")
     straight = straight_lines(starts, ends, n_segments)
-    straight_energy = _checked_energy(metric, straight)
+    straight_squared = _checked_squared(metric, straight)
     points = straight if initial is None else _checked_initial(initial, starts, ends)
     n_iterations = torch.zeros(len(starts), dtype=torch.long, device=starts.device)
-    solver = _Solver(metric, tolerance, max_iterations)
-    residual = torch.full_like(straight_energy, torch.inf)
+    residual = torch.full_like(straight_squared[:, 0], torch.inf)
     for n in _levels(n_segments):
-        points = _resampled(points, n)
-        points, residual, spent = solver(points)
+        solver = _Solver(metric, tolerance if n == n_segments else max(tolerance, _COARSE_TOLERANCE), max_iterations)
+        points, residual, spent = solver(_resampled(points, n), residual < torch.inf)
         n_iterations += spent
-    is_straight = ~(chord_energy(metric, points) < straight_energy)
-    length, straight_length = chord_length(metric, points), chord_length(metric, straight)
-    is_straight |= length > straight_length
-    points = torch.where(is_straight[:, None, None], straight, points)
+    squared = metric.segments(points)
+    # equal counts as straight; so does what has less energy in chords of more length
+    is_straight = ~((squared.sum(1) < straight_squared.sum(1)) & (_length(squared) <= _length(straight_squared)))
     if is_straight.any():
-        # of the straight line itself: it may be the minimum
-        residual = torch.where(is_straight, solver.residual(points), residual)
+        points = torch.where(is_straight[:, None, None], straight, points)
+        squared = torch.where(is_straight[:, None], straight_squared, squared)
+        residual[is_straight] = _Solver(metric, tolerance, 1).residual(points[is_straight])
     coarseness = _coarseness(metric.as_metric(), points)
     result = Geodesics(
-        points, chord_energy(metric, points), torch.where(is_straight, straight_length, length), straight_length,
-        residual, coarseness, n_iterations, (residual <= tolerance) & (coarseness <= _COARSE), is_straight,
+        points, n_segments * squared.sum(1), _length(squared), _length(straight_squared), residual, coarseness,
+        n_iterations, (residual <= tolerance) & (coarseness <= _COARSE), is_straight,
     )  # fmt: skip
     n_failed = int((~result.has_converged).sum())
     if n_failed:
@@ -158,9 +158,14 @@ def checked_pairs(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return starts, ends
 
 
-def _checked_energy(metric: SegmentEnergy, straight: Tensor) -> Tensor:
+def _length(squared: Tensor) -> Tensor:
+    return squared.sqrt().sum(1)
+
+
+def _checked_squared(metric: SegmentEnergy, straight: Tensor) -> Tensor:
+    """Squared lengths of straight lines' segments, (P, n)."""
     segments = metric.segments(straight)
-    energy = segments.shape[1] * segments.sum(1)
+    energy = segments.sum(1)
     if not bool(torch.isfinite(energy).all()):
         n_bad = int((~torch.isfinite(energy)).sum())
         fix = "Does the decoder overflow, or is the metric undefined there?"
@@ -168,7 +173,8 @@ def _checked_energy(metric: SegmentEnergy, straight: Tensor) -> Tensor:
     if bool((segments < 0).any()):
         got = f"squared lengths below 0 on {int((segments < 0).any(1).sum())} of {len(energy)} straight lines"
         raise DataError("a positive definite metric", got, "Is it symmetric, and defined between the codes?")
-    first = metric.expansion(straight, has_curvature=False)
+    few = _resampled(straight, min(_COARSEST, segments.shape[1]))
+    first = metric.expansion(few, has_curvature=False)
     stiffness = first.stiffness.diagonal.diagonal(dim1=-2, dim2=-1).sum(-1)
     is_flat = ~(stiffness > 0).any(1)
     if is_flat.any():
@@ -177,7 +183,7 @@ def _checked_energy(metric: SegmentEnergy, straight: Tensor) -> Tensor:
         got = f"{got}, along {int(is_flat.sum())} of {len(energy)} straight lines"
         fix = "Is the decoder detached from its argument, piecewise constant, or collapsed?"
         raise UnsupportedError("outputs that are differentiable in the code", got, fix)
-    return energy
+    return segments
 
 
 def _coarseness(metric: Metric, points: Tensor) -> Tensor:
@@ -222,14 +228,14 @@ class _Solver:
     tolerance: float
     max_iterations: int
 
-    def __call__(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Points (P, n + 1, Z) to better ones, their residuals (P,) and steps tried (P,)."""
+    def __call__(self, points: Tensor, is_near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (P, n + 1, Z), and whether the whole Hessian pays at once, to better ones, residuals, steps tried."""
         points = points.clone()
         squared = self.metric.segments(points).sum(1)
         damping = torch.zeros_like(squared)
         residual = torch.full_like(squared, torch.inf)
         spent = torch.zeros(len(points), dtype=torch.long, device=points.device)
-        wants_all = torch.zeros_like(spent, dtype=torch.bool)
+        wants_all = is_near.clone()
         active = torch.arange(len(points), device=points.device)
         for _ in range(self.max_iterations):
             steps, gain, found = self._steps(points[active], squared[active], damping[active], wants_all[active])

@@ -41,7 +41,7 @@ class _OfOutputs(SegmentEnergy):
     def _squared_steps(self, outputs: Tensor) -> Tensor:
         """Of outputs (S, P, n + 1, D): (P, n)."""
         seen = self._coupled(outputs)
-        return (seen[:, :, 1:] - seen[:, :, :-1]).double().square().sum(-1).mean(0)
+        return (seen[:, :, 1:] - seen[:, :, :-1]).square().sum(-1, dtype=torch.float64).mean(0)
 
     def expansion(self, points: Tensor, *, has_curvature: bool) -> Expansion:
         """Gradient and Hessian: 1 + Z passes a node for the positive part, some 3 (1 + Z) more for the rest."""
@@ -151,5 +151,5 @@ class IndependentDraws(_OfOutputs):
         return outputs.mean(0, keepdim=True)
 
     def _squared_steps(self, outputs: Tensor) -> Tensor:
-        spread = (outputs - outputs.mean(0)).double().square().sum(-1).mean(0)
+        spread = (outputs - outputs.mean(0)).square().sum(-1, dtype=torch.float64).mean(0)
         return super()._squared_steps(outputs) + spread[:, 1:] + spread[:, :-1]
