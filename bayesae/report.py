@@ -140,10 +140,20 @@ class Records:
         Raises:
             DataError: If there is no such record.
         """
-        values = [row.value for row in self.rows if all(getattr(row, key) == want for key, want in where.items())]
-        if not values:
+        if not (values := self.values(**where)):
             raise DataError("records to average", f"none with {where}", "Check the names.")
         return statistics.fmean(values)
+
+    def values(self, **where: str | int) -> list[float]:
+        """Values of the records with these fields, one a seed.
+
+        Args:
+            **where: Fields and what they must equal.
+
+        Returns:
+            The values; none if there is no such record.
+        """
+        return [row.value for row in self.rows if all(getattr(row, key) == want for key, want in where.items())]
 
     def expect(self, value: float, tolerance: float, **where: str | int) -> None:
         """Check that a mean is what the recipe's docstring says, and print it.

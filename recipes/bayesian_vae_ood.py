@@ -181,7 +181,7 @@ def choose(config: Config, name: str, model: bae.Autoencoder, world: World, seed
 def scores_of(config: Config, predictive: bae.Predictive, rows: Tensor, familiar: Tensor | None) -> dict[str, Tensor]:
     """Every score that one posterior gives, (B,) each."""
     draws = draws_of(config, predictive, rows)
-    found = {NAMES[name]: score for name, score in ood.all_scores(draws, familiar).items()}
+    found = {NAMES[name]: score for name, score in ood.all_scores(draws, familiar).items() if name in NAMES}
     found[CORRECTED] = found[PLAIN] + ood.attainable(predictive.model.likelihood, rows)
     found["code variance"] = ood.code_variance(draws)
     if draws.log_likelihood.shape[1] == 1:
@@ -268,11 +268,6 @@ def compare(
             yield "", name, "FPR at 95 %", bae.metrics.fpr_at_tpr(*pair)
 
 
-def found_in(records: report.Records, **where: str) -> list[float]:
-    """Values of the records with these fields, one a seed."""
-    return [row.value for row in records.rows if all(getattr(row, key) == want for key, want in where.items())]
-
-
 def run(
     config: Config, familiar: str, output: str, seed: int, records: report.Records, only: tuple[str, ...] | None
 ) -> None:
@@ -311,7 +306,7 @@ def run(
     for name, (make, steps) in METHODS.items():
         if only is not None and name not in only:
             continue
-        known = found_in(records, data=familiar, setting=f"{output}, as is", method=name, metric="step")
+        known = records.values(data=familiar, setting=f"{output}, as is", method=name, metric="step")
         step, words = (known[0], "as before") if known else choose(config, name, model, world, seed)
         print(f"{familiar}, {output}, {name}: step {step:g} of {words}", flush=True)
         if len(steps) > 1:
@@ -349,7 +344,7 @@ def draw(records: report.Records, best: str, path: Path) -> None:
         for axes, output in zip(line, OUTPUTS, strict=True):
             for score, marker in zip((*SHOWN, "weight variance"), "osD^vx", strict=True):
                 where = {"data": pair, "setting": f"{output}, as is", "metric": "AUROC"}
-                values = {p: found_in(records, method=f"{p}: {score}", **where) for p in posteriors}
+                values = {p: records.values(method=f"{p}: {score}", **where) for p in posteriors}
                 points = [(statistics.fmean(v), place) for place, v in enumerate(values.values()) if v]
                 if points:
                     axes.plot(*zip(*points, strict=True), marker, label=score, alpha=0.8)
