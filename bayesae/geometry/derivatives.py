@@ -10,7 +10,7 @@ from torch.func import grad, jvp, vmap
 
 from bayesae.errors import NonFiniteError, ShapeError, UnsupportedError
 
-__all__ = ["Decoder", "checked_points", "flat_outputs", "gradient_and_hessian", "with_columns"]
+__all__ = ["Decoder", "checked_points", "columns_and_bending", "flat_outputs", "gradient_and_hessian", "with_columns"]
 
 Decoder = Callable[[Tensor], Tensor]
 r"""Codes (B, Z) to outputs (S, B, \*D) of S weight draws, as `Predictive.decoder` makes it."""
@@ -105,3 +105,25 @@ def gradient_and_hessian(function: Callable[[Tensor], Tensor], z: Tensor) -> tup
     gradient, columns = with_columns(grad(function), z)
     hessian = columns.permute(1, 2, 0)
     return gradient.detach(), ((hessian + hessian.mT) / 2).detach()
+
+
+def columns_and_bending(function: Callable[[Tensor], Tensor], z: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Derivatives along every code dimension, and the second ones summed against fixed numbers, in one pass.
+
+    Args:
+        function: Of (B, Z), row by row, to (S, B, D).
+        z: (B, Z).
+        pull: (S, B, D).
+
+    Returns:
+        Derivatives (Z, S, B, D), and the Hessian (B, Z, Z) of each row's :math:`\sum_{sd} pull_{sd} f_{sd}(z)`.
+    """
+
+    def pulled(codes: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = function(codes)
+        return (outputs * pull).sum(), outputs
+
+    tangents = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(-1, len(z), -1)
+    second, columns = vmap(lambda tangent: jvp(grad(pulled, has_aux=True), (z,), (tangent,))[1])(tangents)
+    hessian = second.permute(1, 2, 0)
+    return columns.detach(), ((hessian + hessian.mT) / 2).detach()

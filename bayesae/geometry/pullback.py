@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesae.geometry.derivatives import Decoder, flat_outputs, gradient_and_hessian, with_columns
+from bayesae.geometry.derivatives import Decoder, columns_and_bending, flat_outputs, with_columns
 from bayesae.geometry.metrics import Expansion, Metric, SegmentEnergy
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 
@@ -44,7 +44,7 @@ class _OfOutputs(SegmentEnergy):
         return (seen[:, :, 1:] - seen[:, :, :-1]).square().sum(-1, dtype=torch.float64).mean(0)
 
     def expansion(self, points: Tensor, *, has_curvature: bool) -> Expansion:
-        """Gradient and Hessian: 1 + Z passes a node for the positive part, some 3 (1 + Z) more for the rest."""
+        """Gradient and Hessian: some 2 + Z passes a node for the positive part, twice that for all."""
         parts = [self._expansion(part, has_curvature) for part in self._parts(points, 1 + points.shape[2])]
         diagonal = torch.cat([part.stiffness.diagonal for part in parts])
         stiffness = BlockTridiagonal(diagonal, torch.cat([part.stiffness.upper for part in parts]))
@@ -53,26 +53,29 @@ class _OfOutputs(SegmentEnergy):
         return Expansion(torch.cat([part.gradient for part in parts]), stiffness, rest)
 
     def _expansion(self, points: Tensor, has_curvature: bool) -> Expansion:
-        inner = points[:, 1:-1].flatten(0, 1)
-        shape = points.shape[0], points.shape[1] - 2
-        outputs, columns = (part.detach() for part in with_columns(lambda z: flat_outputs(self.decoder, z), inner))
-        n_draws = len(outputs)
-        nodes, columns = outputs.unflatten(1, shape), columns.unflatten(2, shape)
+        inner, shape = points[:, 1:-1].flatten(0, 1), (points.shape[0], points.shape[1] - 2)
         with torch.no_grad():
-            ends = flat_outputs(self.decoder, points[:, [0, -1]].flatten(0, 1)).unflatten(1, (-1, 2))
-        seen = self._coupled(torch.cat([ends[:, :, :1], nodes, ends[:, :, 1:]], 2))
-        pull = (2 * nodes - seen[:, :, :-2] - seen[:, :, 2:]) * (2 / n_draws)
+            nodes = self._decode(points)
+        n_draws, seen = len(nodes), self._coupled(nodes)
+        pull = (2 * nodes[:, :, 1:-1] - seen[:, :, :-2] - seen[:, :, 2:]) * (2 / n_draws)
+        bending = None
+        if has_curvature:
+            columns, bending = columns_and_bending(self._flat, inner, pull.flatten(1, 2))
+        else:
+            columns = with_columns(self._flat, inner)[1].detach()
+        columns = columns.unflatten(2, shape)
         gradient = torch.einsum("zspnd,spnd->pnz", columns, pull)
         diagonal = torch.einsum("yspnd,zspnd->pnyz", columns, columns) * (4 / n_draws)
         between = torch.stack([self._coupled(column) for column in columns])
         upper = torch.einsum("yspnd,zspnd->pnyz", between[:, :, :, :-1], between[:, :, :, 1:])
         stiffness = BlockTridiagonal(diagonal.double(), (-2 / between.shape[1] * upper).double())
         curvature = None
-        if has_curvature:
-            pull = pull.flatten(1, 2)
-            bending = gradient_and_hessian(lambda z: (flat_outputs(self.decoder, z) * pull).sum(), inner)[1]
+        if bending is not None:
             curvature = BlockTridiagonal(bending.double().unflatten(0, shape), torch.zeros_like(stiffness.upper))
         return Expansion(gradient.double(), stiffness, curvature)
+
+    def _flat(self, z: Tensor) -> Tensor:
+        return flat_outputs(self.decoder, z)
 
     def _decode(self, points: Tensor) -> Tensor:
         """(S, P, n + 1, D)."""
@@ -112,7 +115,7 @@ class Pullback(_OfOutputs, Metric):
 
     def __call__(self, z: Tensor) -> Tensor:
         """G (B, Z, Z)."""
-        outputs, columns = with_columns(lambda codes: flat_outputs(self.decoder, codes), z)
+        outputs, columns = with_columns(self._flat, z)
         return torch.einsum("isbd,jsbd->bij", columns, columns) / len(outputs)
 
     def _coupled(self, outputs: Tensor) -> Tensor:
