@@ -76,7 +76,8 @@ def code_volume(draws: Draws) -> Tensor:
 
     Raises:
         UnsupportedError: If there are no more draws than code dimensions: the covariance is singular then.
-        NonFiniteError: If a code dimension never moves.
+        NonFiniteError: If a row's codes do not span all dimensions: one never moves or follows from the others, or the
+            weight draws share a few code draws, as those of a decoder's weights do.
 
     Exact when: as `code_covariance`, for a Normal code.
     """
@@ -84,10 +85,27 @@ def code_volume(draws: Draws) -> Tensor:
     if n_draws <= n_latents:
         fix = "Draw more weights, or use code_variance."
         raise UnsupportedError(f"more than {n_latents} draws of a code of that size", f"{n_draws}", fix)
-    log_det = torch.linalg.slogdet(_covariance(draws)).logabsdet
-    volume = 0.5 * (log_det + n_latents * math.log(2 * math.pi * math.e))
-    check_finite({"code_volume": volume}, "covariances of full rank", "Does a code dimension never move?")
-    return volume.to(draws.latents.dtype)
+    found = volume(draws)
+    if n_flat := int(found.isinf().sum()):
+        fix = "Draw more codes of each weight draw, or use code_variance."
+        raise NonFiniteError(f"codes that span all {n_latents} dimensions", f"{n_flat} rows whose do not", fix)
+    check_finite({"code_volume": found}, "codes", "Did the network diverge?")
+    return found
+
+
+def volume(draws: Draws) -> Tensor:
+    """As `code_volume`, (B,); minus infinity where codes do not span all dimensions beyond rounding."""
+    covariance = _covariance(draws)
+    deviation = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    # of correlations, so that units do not decide what is rounding
+    scales = torch.where(deviation > 0, deviation, 1.0)
+    eigenvalues = torch.linalg.eigvalsh(covariance / (scales[:, :, None] * scales[:, None, :]))
+    n_latents = covariance.shape[-1]
+    # rounding of this arithmetic, and of codes that came in another dtype, whose squares these are
+    least = n_latents * max(10 * torch.finfo(covariance.dtype).eps, (10 * torch.finfo(draws.latents.dtype).eps) ** 2)
+    log_det = 2 * deviation.log().sum(-1) + eigenvalues.clamp(min=least).log().sum(-1)
+    log_det = torch.where(eigenvalues.amin(-1) > least, log_det, -torch.inf)
+    return (0.5 * (log_det + n_latents * math.log(2 * math.pi * math.e))).to(draws.latents.dtype)
 
 
 @dataclass(frozen=True)

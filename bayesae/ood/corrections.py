@@ -125,8 +125,8 @@ def input_complexity(
             takes the smallest and largest of all rows together: a row's length then depends on those it comes with.
 
     Returns:
-        (B,), float64 nats: the shorter of two DEFLATE codes, of the levels and of their differences along the last
-        axis. A few dozen bytes of overhead are the same for all rows.
+        (B,), nats, float64 on the CPU: the shorter of two DEFLATE codes, of the levels and of their differences along
+        the last axis. A few dozen bytes of overhead are the same for all rows.
 
     Raises:
         DataError: If there are no rows, entries are not finite or out of the range, or levels do not fit a byte.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bayesae.draws import Draws, logmeanexp_over_weights, mean_over_weights
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
-from bayesae.ood.codes import code_variance, code_volume
+from bayesae.ood.codes import code_variance, volume
 from bayesae.ood.information import information_gain
 
 __all__ = [
@@ -240,8 +240,8 @@ def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: flo
         temperature: Of `disagreement` and `weight_entropy`.
 
     Returns:
-        Scores (B,) by the names of their functions, without those that need more draws than there are, or
-            a code that moves.
+        Scores (B,) by the names of their functions, without those that need more draws than there are, or (the volume)
+            codes that span all their dimensions.
 
     Exact when: as each of them.
     """
@@ -258,11 +258,11 @@ def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: flo
         found["weight_entropy"] = weight_entropy(draws, temperature=temperature)
         if draws.outputs is not None:
             found["information_gain"] = information_gain(draws)
-    codes = draws.latents.flatten(0, 1)
-    if len(codes) > 1:
+    if draws.latents[..., 0, 0].numel() > 1:
         found["code_variance"] = code_variance(draws)
-    if len(codes) > codes.shape[-1] and bool((codes != codes[0]).any(0).all()):
-        found["code_volume"] = code_volume(draws)
+        code_volume = volume(draws)
+        if bool(code_volume.isfinite().all()):
+            found["code_volume"] = code_volume
     return found
 
 

@@ -41,12 +41,20 @@ def test_volume_is_the_entropy_of_a_normal_and_ranks_alike_under_linear_maps():
     assert_close(moved - volume, torch.linalg.slogdet(matrix).logabsdet.expand(5))
 
 
+def test_volume_does_not_depend_on_the_units_of_a_dimension():
+    latents, units = torch.randn(1, 9, 3, 2, **F64), torch.tensor([1.0, 1e-12], **F64)
+    shift = ood.code_volume(draws(latents * units)) - ood.code_volume(draws(latents))
+    assert_close(shift, torch.full((3,), math.log(1e-12), **F64))
+
+
 def test_codes_that_nearly_hang_together_are_not_judged_by_rounding():
-    """z2 = 3 z1 + 0.7 in float32: its covariance, rounded to float32, had a volume nine nats too large."""
-    first = torch.randn(1, 8, 3, 1)
-    latents = torch.cat([first, 3 * first + 0.7], -1)
+    """A covariance in float32 would lose what z2 has beyond 3 z1; what float32 codes lose themselves is no volume."""
+    first, own = torch.randn(2, 1, 8, 3, 1)
+    latents = torch.cat([first, 3 * first + 0.7 + 1e-4 * own], -1)
     assert_close(ood.code_volume(draws(latents)).double(), ood.code_volume(draws(latents.double())), rtol=1e-5, atol=0)
     assert ood.code_covariance(draws(latents)).dtype == torch.float32
+    with pytest.raises(bae.errors.NonFiniteError, match="3 rows whose do not"):
+        ood.code_volume(draws(torch.cat([first, 3 * first + 0.7], -1)))
 
 
 def test_draws_that_are_too_few():
@@ -54,7 +62,7 @@ def test_draws_that_are_too_few():
         ood.code_variance(draws(torch.zeros(1, 1, 2, 2, **F64)))
     with pytest.raises(bae.errors.UnsupportedError, match="more than 3 draws"):
         ood.code_volume(draws(torch.randn(1, 3, 2, 3, **F64)))
-    with pytest.raises(bae.errors.NonFiniteError, match="never move"):
+    with pytest.raises(bae.errors.NonFiniteError, match="span all 3 dimensions"):
         ood.code_volume(draws(torch.zeros(1, 5, 2, 3, **F64)))
 
 

@@ -36,6 +36,24 @@ def test_every_score_is_that_of_a_call(model, rows, kind, chunk_size):
         assert_close(score, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize(("chunk_size", "n_rows"), [(5, [1] * 9), (12, [1] * 9), (60, [5, 4]), (None, [9])])
+def test_no_more_than_a_chunk_is_held(model, rows, chunk_size, n_rows):
+    """All weight draws of as many rows as the chunk has room for, and of one at least."""
+    held = []
+
+    def reduction(draws):
+        held.append(tuple(draws.outputs.shape[:3]))
+        return {"waic": ood.waic(draws)}
+
+    bae.Predictive(model, normal(model), bae.codes.amortised).reduce(reduction, rows, chunk_size=chunk_size, **OPTIONS)
+    assert held == [(3, 4, n) for n in n_rows]
+
+
+def test_densities_that_are_not_finite_are_refused(model, rows):
+    with pytest.raises(bae.errors.NonFiniteError, match="outside the training range"):
+        bae.Predictive(model, normal(model)).reduce(ood.all_scores, 1e200 * rows, n_weight_draws=2, seed=0)
+
+
 def test_masks_and_particles(model, rows):
     weights = families.Particles(normal(model).sample(3))
     predictive = bae.Predictive(model, weights)
@@ -53,6 +71,18 @@ def test_a_name_that_some_rows_lack_is_left_out(model, rows):
 
     found = bae.Predictive(model, normal(model)).reduce(reduction, rows, n_weight_draws=2, chunk_size=8, seed=0)
     assert list(found) == ["waic"] and found["waic"].shape == (9,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codes_that_weight_draws_share_count_once(model, rows, dtype):
+    """Under weights of the decoder alone two code draws stay two, which have no volume in two dimensions."""
+    model = model.to(dtype)
+    predictive = bae.Predictive(model, normal(model, patterns=("decoder.**",)), bae.codes.amortised)
+    for n_latent_draws, has_volume in ((2, False), (3, True)):
+        found = predictive.reduce(ood.all_scores, rows.to(dtype), **(OPTIONS | {"n_latent_draws": n_latent_draws}))
+        assert ("code_volume" in found) == has_volume
+    with pytest.raises(bae.errors.NonFiniteError, match="span all 2 dimensions"):
+        ood.code_volume(predictive(rows.to(dtype), **(OPTIONS | {"n_latent_draws": 2})))
 
 
 def test_codes_that_never_move_have_no_volume(model, rows):
