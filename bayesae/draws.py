@@ -219,8 +219,8 @@ def concatenate_weight_draws(pieces: Sequence[Draws]) -> Draws:
         UnsupportedError: If pieces with outputs have likelihoods that differ, in their noise say.
     """
     first = pieces[0]
-    n_others = sum(not _is_same(first.likelihood, piece.likelihood) for piece in pieces)
-    if first.outputs is not None and n_others:
+    n_others = 0 if first.outputs is None else sum(not _is_same(first.likelihood, one.likelihood) for one in pieces)
+    if n_others:
         got = f"others than the first in {n_others} of {len(pieces)} pieces, as of a mixture that learned several"
         fix = "Predict from the components one by one, or without outputs (keep_outputs=False)."
         raise UnsupportedError("one likelihood of all outputs", got, fix)
