@@ -118,6 +118,12 @@ class TestCodeFlow:
         again = ood.CodeFlow.fit(codes, hidden=(16,), n_transforms=1, epochs=40, learning_rate=5e-2, seed=0)
         assert torch.equal(again(new), score(new))
 
+    def test_the_epoch_that_held_out_codes_like_best_is_kept(self):
+        """Few codes and a wide network: what comes after the first epochs is learnt by heart, and dropped."""
+        codes, options = torch.randn(30, 2), {"hidden": (32,), "n_transforms": 1, "learning_rate": 3e-2, "seed": 0}
+        few, many = (ood.CodeFlow.fit(codes, epochs=epochs, **options)(codes) for epochs in (10, 40))
+        assert torch.equal(few, many)
+
     def test_too_few_codes_or_a_dead_dimension(self):
         with pytest.raises(bae.errors.DataError, match="all dimensions moving"):
             ood.CodeFlow.fit(torch.randn(5, 2))
