@@ -120,7 +120,9 @@ METHODS = {
     "mean field, Flipout": Method(lambda c, s: weights.MeanField(c.epochs, s, estimator="flipout"), *BOUNDS),
     "factor covariance": Method(lambda c, s: weights.MeanField(c.epochs, s, rank=5), *BOUNDS),
     "SGLD": chains(weights.SGLD, SMALL),
-    "SGLD, preconditioned": chains(partial(weights.SGLD, preconditioner=weights.RMSProp()), SCALED),
+    "SGLD, preconditioned": chains(
+        partial(weights.SGLD, preconditioner=weights.RMSProp()), (SCALED[0], (1e-8, 1e-7, 1e-6))
+    ),
     "SGLD, cyclical": chains(partial(weights.SGLD, schedule=weights.Cyclical(4)), SMALL, burn_in=0.0),
     "SGHMC": chains(weights.SGHMC, SMALL),
     "SGHMC, scale-adapted": chains(partial(weights.SGHMC, preconditioner=weights.ScaleAdaptation()), SCALED),
