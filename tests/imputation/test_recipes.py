@@ -10,11 +10,9 @@ from tests.test_recipes import run
 @pytest.mark.slow
 def test_impute_tables(tmp_path):
     records = run("impute_tables.py", tmp_path, row="| iterative, draws")
-    assert {row.setting for row in records.rows} == {"MCAR 50 %", "MAR 50 %"}
-    for setting in ("MCAR 50 %", "MAR 50 %"):
-        crps = {name: records.mean(setting=setting, method=name, metric="CRPS") for name in ("mean", "ensemble")}
-        assert crps["ensemble"] < 0.7 * crps["mean"]
-        assert abs(records.mean(setting=setting, method="ensemble", metric="coverage 90") - 0.9) < 0.08
+    assert {row.setting for row in records.rows} == {"MCAR 50 %"}
+    assert records.mean(method="ensemble", metric="CRPS") < 0.7 * records.mean(method="mean", metric="CRPS")
+    assert abs(records.mean(method="ensemble", metric="coverage 90") - 0.9) < 0.08
 
 
 @pytest.mark.slow
