@@ -135,3 +135,22 @@ def test_active_learning(tmp_path):
     assert errors[1] < errors[0]
     areas = {row.method: row.value for row in records.rows if row.metric == "area"}
     assert areas["weight draws' labels"] < areas["information gain"]
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_bayesian_vae_ood(tmp_path):
+    records = run("bayesian_vae_ood.py", tmp_path, row="recommended, by fashion-mnist / omniglot")
+    posteriors = {"MAP", "SGHMC", "Bayes by backprop", "SWAG", "Laplace", "ensemble"}
+    assert {row.method.split(": ")[0].split(",")[0] for row in records.rows if row.setting != "published"} == posteriors
+    pairs = {row.data for row in records.rows if " / " in row.data}
+    assert pairs == {
+        f"{a} / {b}"
+        for a in ("fashion-mnist", "mnist")
+        for b in ("fashion-mnist", "mnist", "kmnist", "omniglot")
+        if a != b
+    }
+    for output in ("Bernoulli", "Gaussian"):
+        assert any(row.setting == f"{output}, matched brightness" for row in records.rows)
+        assert any(row.setting == f"{output}, border zeroed" for row in records.rows)
+    assert all(0 <= row.value <= 1 for row in records.rows if row.metric in ("AUROC", "AUPR", "share saturated"))
