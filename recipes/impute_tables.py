@@ -3,7 +3,8 @@
 Data: the UCI tables of `datasets.load`, all but boston, features only; 2,000 rows of each, drawn by the seed, columns
 standardised. Entries are hidden completely at random (MCAR, 20, 50 and 80 %), and at random (MAR, 50 %): a third of the
 columns stays as it is, and half of the others' entries are hidden by a logistic law of random combinations of these.
-Every row keeps one entry. The incomplete table is imputed by itself, and only hidden entries are scored, against what stood there.
+Every row keeps one entry. The incomplete table is imputed by itself, and only hidden entries are scored, against what
+stood there.
 
 Methods: the column's mean; ``KNNImputer``; ``IterativeImputer``; the same with ``sample_posterior=True``, 19 times
 ("iterative, draws"); ``BayesianImputer`` ("one network"); and five of these, trained apart, their draws pooled
