@@ -154,3 +154,11 @@ def test_bayesian_vae_ood(tmp_path):
         assert any(row.setting == f"{output}, matched brightness" for row in records.rows)
         assert any(row.setting == f"{output}, border zeroed" for row in records.rows)
     assert all(0 <= row.value <= 1 for row in records.rows if row.metric in ("AUROC", "AUPR", "share saturated"))
+
+
+@pytest.mark.slow
+def test_geodesics_digits(tmp_path):
+    records = run("geodesics_digits.py", tmp_path, row="| straight line")
+    lengths = {row.method: row.value for row in records.rows if row.metric == "length"}
+    assert lengths["expected metric"] <= lengths["straight line"] == pytest.approx(1)
+    assert records.mean(method="one decoder", metric="variation") > 0

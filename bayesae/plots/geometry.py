@@ -27,7 +27,7 @@ def volume_background(
     label: str | None = "log volume element",
     cmap: str = "viridis",
 ) -> Axes:
-    """Fill a rectangle of codes with the logarithm of the volume element: bright where a step of the code is long.
+    """Fill a rectangle of codes with the logarithm of the volume element: high where steps of the code are long.
 
     Args:
         axes: Where to draw; put codes and curves on top.
@@ -83,7 +83,7 @@ def code_curves(axes: Axes, curves: Mapping[str, Tensor], *, colours: Mapping[st
             axes.plot(one[:, 0], one[:, 1], color=colour, linewidth=1.4, label=None if row else name)
         ends = shown[:, [0, -1]].reshape(-1, 2)
         axes.scatter(ends[:, 0], ends[:, 1], s=14, color="white", edgecolors="black", linewidths=0.6, zorder=3)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(fontsize="small")  # framed: it stands on the background
     return axes
 
 
