@@ -11,8 +11,8 @@ curve, averaged over members, to the nearest training image, its mean over the c
 expected metric, a share of the straight line's. "Variation" is the standard deviation of a pair's distance over the
 members, a share of its mean: how far one training's distances can be trusted.
 
-Expected (checked at the end): the expected metric's geodesics are 0.95 ± 0.03 as long as straight lines. They do not keep
-nearer to the training images than straight lines do on seed 0, nor do those of independent draws.
+Expected (checked at the end): the expected metric's geodesics are 0.95 ± 0.03 as long as straight lines. They do
+not keep nearer to the training images than straight lines do on seed 0, nor do those of independent draws.
 Runtime: some minutes on two cores; ``--fast`` a few seconds.
 """
 
