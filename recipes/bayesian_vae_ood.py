@@ -2,7 +2,6 @@
 
 Data: 10,000 training images of Fashion-MNIST or MNIST, 1,000 more to choose steps by and to centre typicality on, and
 1,000 test images of Fashion-MNIST, MNIST, KMNIST and Omniglot (968). Set BAYESAE_DATA to the folder of the data.
-``--fast`` takes a few images.
 
 A VAE (784-256-64-16, mirrored, tanh) is trained with Bernoulli or with Gaussian outputs of one learned scale.
 Posteriors over the weights of its decoder or of both networks: SGHMC with scale adaptation, four chains; Bayes by
