@@ -38,14 +38,14 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
-from scipy.stats import spearmanr
+from numpy import corrcoef
+from scipy.stats import rankdata
 from torch import Tensor
 
 import bayesae as bae
 from bayesae import ood, report, weights
 
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="bayesae|__main__")  # samplers on their steps
-
 FAMILIAR = ("fashion-mnist", "mnist")
 CHOICE = "fashion-mnist / omniglot"
 OUTPUTS: dict[str, Callable[[], Any]] = {"Bernoulli": bae.likelihoods.Bernoulli, "Gaussian": bae.likelihoods.Gaussian}
@@ -151,9 +151,8 @@ def train(config: Config, rows: Tensor, validation: Tensor, output: str, seed: i
 
 def perturb(rows: Tensor, share: float, seed: int) -> Tensor:
     """A share of the pixels replaced by uniform noise: what the background model of the likelihood ratio learns."""
-    generator = torch.Generator().manual_seed(seed)
-    hit = torch.rand(rows.shape, generator=generator) < share
-    return torch.where(hit, torch.rand(rows.shape, generator=generator), rows)
+    hit, noise = torch.rand(2, *rows.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.where(hit < share, noise, rows)
 
 
 def fit(config: Config, method: Any, model: bae.Autoencoder, rows: Tensor, seed: int) -> bae.Predictive:  # noqa: ANN401
@@ -174,14 +173,16 @@ def draws_of(config: Config, predictive: bae.Predictive, rows: Tensor, **options
 def choose(config: Config, name: str, model: bae.Autoencoder, world: World, seed: int) -> tuple[float, str]:
     """The candidate step that the validation rows like best, for all weights, and what each came to."""
     make, steps = METHODS[name]
+    if len(steps) == 1:
+        return steps[0], "one"
     densities = {}
-    for step in steps if len(steps) > 1 else ():
+    for step in steps:
         try:
             predictive = fit(config, make(config, step), model, world.train, seed)
             densities[step] = -float(ood.negative_log_predictive(draws_of(config, predictive, world.validation)).mean())
         except bae.errors.NonFiniteError:  # diverged: a fair answer of a step that is too large
             densities[step] = -float("inf")
-    return max(densities, key=densities.__getitem__, default=steps[0]), str(densities)
+    return max(densities, key=densities.__getitem__), str(densities)
 
 
 def scores_of(config: Config, predictive: bae.Predictive, rows: Tensor, familiar: Tensor | None) -> dict[str, Tensor]:
@@ -263,7 +264,8 @@ def compare(
             continue
         for setting, by in matched.items():
             yield setting, name, "AUROC", bae.metrics.matched_auroc(*pair, *by)
-        yield "", name, "rank correlation with brightness", float(spearmanr(familiar, images[0].mean(1)).statistic)
+        ranks = rankdata(familiar), rankdata(images[0].mean(1))
+        yield "", name, "rank correlation with brightness", float(corrcoef(*ranks)[0, 1])
         if name in SHOWN:
             interval = bae.metrics.bootstrap_interval(bae.metrics.auroc, *pair, n_resamples=config.n_resamples)
             yield "", name, "low", interval.low
@@ -363,7 +365,6 @@ def draw(records: report.Records, best: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    print(f"figure: {path}")
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ ROOT = Path(bayesae.__file__).parent
 FLOORS = {
     "cli": 9, "report": 8, "files": 8, "adapters": 7, "estimators": 7, "imputation": 6, "training": 6, "testing": 6,
     "evaluation": 6,
-    "predictive": 5.75, "calibration": 3.5, "encoding": 5.5, "weights": 5, "codes": 5, "families": 4, "models": 3, "joint": 3, "subset": 3,
-    "objectives": 3, "ood": 3, "decisions": 3, "metrics": 3, "curvature": 3, "draws": 2, "functional": 2, "likelihoods": 2, "data": 2,
+    "predictive": 5.75, "calibration": 3.5, "encoding": 5.5, "weights": 5, "codes": 5, "families": 4, "models": 3,
+    "joint": 3, "subset": 3, "objectives": 3, "ood": 3, "decisions": 3, "metrics": 3, "curvature": 3,
+    "draws": 2, "functional": 2, "likelihoods": 2, "data": 2,
     "types": 1, "distributed": 1.25, "schedules": 1, "lazy": 1,
     "errors": 0, "random": 1, "nets": 1.5, "priors": 1.5, "geometry": 1.5, "datasets": 1.5, "plots": 1.5,
 }  # fmt: skip
