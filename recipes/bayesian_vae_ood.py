@@ -370,9 +370,8 @@ def draw(records: report.Records, best: str, path: Path) -> None:
 def main() -> None:
     """Run what is asked for, print the tables, write records and the figure."""
     flags = report.flags(__doc__, seeds=(0, 1, 2), data=FAMILIAR)
-    config, records = FAST if flags.fast else Config(), report.Records()
-    if flags.json and flags.json.exists():
-        records = report.Records.load(flags.json)  # steps that were chosen, and what is kept
+    config, old = FAST if flags.fast else Config(), flags.json
+    records = report.Records.load(old) if old and old.exists() else report.Records()  # steps once chosen, and the rest
     for seed in flags.seeds:
         for familiar in flags.data:
             for output in OUTPUTS:
