@@ -18,7 +18,12 @@ training (four chains are one mapped pass), 40.0 for SWAG over an ensemble at fo
 familiar ones by an AUROC of 0.93 to 0.96 whatever the posterior; only on blends does one help by more than 0.03 (SWAG,
 scale-adapted and cyclical SGHMC: 0.83 to 0.85, the network 0.80), and ensembles and dropout lose. The best step of
 SWAG and of the scale-adapted chains is the largest candidate.
-Runtime: digits four minutes of one core a seed and seven more to choose steps, images 20; ``--fast`` half a minute.
+
+On Fashion-MNIST (recorded with seed 0, not checked): 525 for the network, 527 to 529 for Laplace posteriors, 531 for
+SWAG, 540 for scale-adapted SGHMC, 541 for SWAG over an ensemble; mean fields and dropout lose. The AUROC against MNIST
+is 0.964 to 0.971 whatever the posterior.
+Runtime: digits four minutes of one core a seed and seven more to choose steps, images an hour with them; ``--fast``
+half a minute.
 """
 
 from __future__ import annotations
@@ -272,12 +277,12 @@ def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
             cost = records.mean(metric="cost", **where)
             density = records.mean(metric="log density", **where)
             style = {"color": colours(place % 20), "marker": "o" if place < 20 else "s", "linestyle": ""}
-            left.plot(cost, density, label=method, **style)
+            left.plot(cost, density, **style)
             for kind, marker in zip(kinds, "osD", strict=False):
                 right.plot(records.mean(metric=kind, **where), place, marker=marker, color=colours(place % 20))
         left.set_xscale("log")
-        left.set(xlabel="cost (network trainings)", ylabel="log density (nats an image)", title=name)
-        left.legend(fontsize=8, ncols=2)
+        title = f"{name} (colours as on the right; squares are its last three)"
+        left.set(xlabel="cost (network trainings)", ylabel="log density (nats an image)", title=title)
         right.set_yticks(range(len(methods)), methods)
         right.invert_yaxis()
         right.grid(axis="x", alpha=0.3)
