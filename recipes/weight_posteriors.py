@@ -264,30 +264,29 @@ def run(config: Config, flags: report.Flags, records: report.Records) -> None:
                 records.save(flags.json, keeps_others=True)
 
 
-def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
+def draw(records: report.Records, name: str, path: Path) -> None:
     """Density against price, and the score's AUROC, method by method."""
-    figure, grid = plt.subplots(len(data), 2, figsize=(13, 6.5 * len(data)), layout="constrained", squeeze=False)
-    for (left, right), name in zip(grid, data, strict=True):
-        rows = [row for row in records.rows if row.data == name]
-        methods = list(dict.fromkeys(row.method for row in rows))
-        kinds = [m for m in dict.fromkeys(row.metric for row in rows) if m.startswith("AUROC")]
-        colours = plt.get_cmap("tab20")
-        for place, method in enumerate(methods):
-            where = {"data": name, "method": method}
-            cost = records.mean(metric="cost", **where)
-            density = records.mean(metric="log density", **where)
-            style = {"color": colours(place % 20), "marker": "o" if place < 20 else "s", "linestyle": ""}
-            left.plot(cost, density, **style)
-            for kind, marker in zip(kinds, "osD", strict=False):
-                right.plot(records.mean(metric=kind, **where), place, marker=marker, color=colours(place % 20))
-        left.set_xscale("log")
-        title = f"{name} (colours as on the right; squares are its last three)"
-        left.set(xlabel="cost (network trainings)", ylabel="log density (nats an image)", title=title)
-        right.set_yticks(range(len(methods)), methods)
-        right.invert_yaxis()
-        right.grid(axis="x", alpha=0.3)
-        signs = ", ".join(f"{kind.removeprefix('AUROC ')} {sign}" for kind, sign in zip(kinds, "○□◇", strict=False))
-        right.set(xlabel=f"AUROC of the negative log density: {signs}")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    rows = [row for row in records.rows if row.data == name]
+    methods = list(dict.fromkeys(row.method for row in rows))
+    kinds = [m for m in dict.fromkeys(row.metric for row in rows) if m.startswith("AUROC")]
+    colours = plt.get_cmap("tab20")
+    for place, method in enumerate(methods):
+        where = {"data": name, "method": method}
+        cost = records.mean(metric="cost", **where)
+        density = records.mean(metric="log density", **where)
+        style = {"color": colours(place % 20), "marker": "o" if place < 20 else "s", "linestyle": ""}
+        left.plot(cost, density, **style)
+        for kind, marker in zip(kinds, "osD", strict=False):
+            right.plot(records.mean(metric=kind, **where), place, marker=marker, color=colours(place % 20))
+    left.set_xscale("log")
+    title = f"{name} (colours as on the right; squares are its last three)"
+    left.set(xlabel="cost (network trainings)", ylabel="log density (nats an image)", title=title)
+    right.set_yticks(range(len(methods)), methods)
+    right.invert_yaxis()
+    right.grid(axis="x", alpha=0.3)
+    signs = ", ".join(f"{kind.removeprefix('AUROC ')} {sign}" for kind, sign in zip(kinds, "○□◇", strict=False))
+    right.set(xlabel=f"AUROC of the negative log density: {signs}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -308,7 +307,9 @@ def main() -> None:
     if DIGITS in configs and flags.methods is None:
         for name, value in EXPECTED.items():
             records.expect(value, 1.0, data="digits", method=name, metric="log density")
-    draw(found, list(dict.fromkeys(row.data for row in found.rows)), flags.figures / "weight_posteriors.png")
+    for name in dict.fromkeys(row.data for row in found.rows):
+        suffix = "" if name == DIGITS.data else "_images"
+        draw(found, name, flags.figures / f"weight_posteriors{suffix}.png")
 
 
 if __name__ == "__main__":
