@@ -16,7 +16,8 @@ from bayesae.geometry.tridiagonal import BlockTridiagonal
 
 __all__ = ["IndependentDraws", "Pullback"]
 
-_NUMBERS_AT_ONCE = 2**25  # of outputs and their derivatives: 128 MB in float32
+# of outputs and derivatives at once: on a CPU larger blocks are handed back to the system each time, and cost twice
+_NUMBERS_ON_CPU, _NUMBERS_ON_DEVICE = 2**22, 2**25
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class _OfOutputs(SegmentEnergy):
         with torch.no_grad():
             one = flat_outputs(self.decoder, points[0, :1])
         numbers = one.numel() * points.shape[1] * n_passes
-        return iter(points.split(max(1, math.floor(_NUMBERS_AT_ONCE / numbers))))
+        most = _NUMBERS_ON_CPU if points.device.type == "cpu" else _NUMBERS_ON_DEVICE
+        return iter(points.split(max(1, math.floor(most / numbers))))
 
 
 @dataclass(frozen=True)
