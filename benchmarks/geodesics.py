@@ -7,7 +7,8 @@ weights. Question one: 100 geodesics between random pairs of codes under the exp
 segments, which is the grid of stochman's own solver (``connecting_geodesic``: a spline of 5 nodes, 150 steps of Adam).
 Both curves are measured by the same chords at 20 equal times; "energy" is the mean over pairs, "pairs" the share whose
 energy is no higher than the other's by 0.1 %. Question two: all distances between 500 codes along a grid, and the error
-on 200 pairs against the solver. Peers that are not installed are left out, and the record says so.
+on those of 200 pairs that the solver certifies with 64 segments ("error_with_uncertified": on all). Peers that are not
+installed are left out, and the record says so.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def distances(decoder: Decoder, codes: Tensor, n_codes: int, n_cells: int, n_che
     graph = geometry.grid_graph(metric, some, n_cells=n_cells)
     geometry.distance_matrix(metric, graph, n_codes, n_checked=0)
     seconds = time.perf_counter() - start
-    found = geometry.distance_matrix(metric, graph, n_codes, n_checked=n_checked)
-    errors = found.relative_errors.abs()
+    found = geometry.distance_matrix(metric, graph, n_codes, n_checked=n_checked, n_segments=64)
+    every = found.relative_errors.abs()
+    errors = every[found.has_converged]
     return {
         "question": f"{n_codes} x {n_codes} distances",
         "method": f"grid of {n_cells} cells",
@@ -133,8 +135,9 @@ def distances(decoder: Decoder, codes: Tensor, n_codes: int, n_cells: int, n_che
         "error_median": float(errors.median()),
         "error_95": float(errors.quantile(0.95)),
         "error_largest": float(errors.max()),
-        "n_checked": len(errors),
-        "n_converged": int(found.has_converged.sum()),
+        "n_checked": len(every),
+        "n_converged": len(errors),
+        "error_with_uncertified": float(every.max()),
         "reached": seconds < SECONDS_TARGET and float(errors.max()) < ERROR_TARGET,
     }
 
