@@ -1,6 +1,6 @@
 """How good scores, predictives and chains are: detection, likelihood, calibration, sharpness, convergence."""
 
-from bayesae.metrics.binary import BinaryCalibration, brier_score, ece
+from bayesae.metrics.binary import BinaryCalibration, BinarySums, brier_score, ece
 from bayesae.metrics.chains import ess, split_rhat
 from bayesae.metrics.detection import Interval, aupr, auroc, bootstrap_interval, fpr_at_tpr
 from bayesae.metrics.intervals import DeviationBins, IntervalCoverage, deviation_edges, ence, interval_coverage
@@ -15,6 +15,7 @@ from bayesae.metrics.streaming import Calibration, CalibrationSums
 __all__ = [
     "Atoms",
     "BinaryCalibration",
+    "BinarySums",
     "Calibration",
     "CalibrationSums",
     "DeviationBins",

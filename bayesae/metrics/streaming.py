@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesae.data import check_counts
-from bayesae.distributed import add_over_ranks
-from bayesae.errors import DataError, NonFiniteError, ShapeError
+from bayesae.errors import DataError, NonFiniteError
+from bayesae.metrics._sums import PixelSums
 from bayesae.metrics.intervals import (
     LEVELS,
     DeviationBins,
@@ -51,7 +51,7 @@ class Calibration(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class CalibrationSums:
+class CalibrationSums(PixelSums):
     r"""Sums over rows, pixel by pixel, from which calibration follows; no row is kept.
 
     ::
@@ -75,7 +75,6 @@ class CalibrationSums:
         memory of a few batches, and of R numbers a pixel.
     """
 
-    sums: Tensor
     levels: tuple[float, ...]
     edges: tuple[float, ...]
     n_bins: int
@@ -131,10 +130,7 @@ class CalibrationSums:
         Raises:
             ShapeError: If shapes are not (B, \*data).
         """
-        shapes = {tuple(part.shape) for part in (mean, var, x, mask) if part is not None}
-        if len(shapes) > 1 or tuple(x.shape[1:]) != tuple(self.sums.shape[1:]):
-            expected = f"(B, {', '.join(map(str, self.sums.shape[1:]))}) for all"
-            raise ShapeError(expected, f"{sorted(shapes)}", "Give x as the moments have it.")
+        self._check_rows(mean, var, x, mask)
         mean, var, x = (part.detach().double() for part in (mean, var, x))
         x = x if mask is None else torch.where(mask, x, mean)
         is_observed = torch.ones_like(x) if mask is None else mask.double()
@@ -155,27 +151,6 @@ class CalibrationSums:
         for inside in bins_of(var, self.edges):
             yield from (part * inside for part in (one, var, squares))
 
-    def merge(self, other: CalibrationSums) -> CalibrationSums:
-        """The sums of both sets of rows.
-
-        Args:
-            other: Of the same settings, on the same device.
-
-        Returns:
-            New sums.
-
-        Raises:
-            ShapeError: If settings or shapes differ.
-        """
-        settings = ("levels", "edges", "n_bins", "atoms")
-        if other.sums.shape != self.sums.shape or any(getattr(other, one) != getattr(self, one) for one in settings):
-            raise ShapeError("sums of the same settings and data shape", "others", "Start both by the same call.")
-        return replace(self, sums=self.sums + other.sums)
-
-    def over_ranks(self) -> CalibrationSums:
-        """The sums of the rows of all ranks, the same on each; these sums where there is one rank."""
-        return replace(self, sums=add_over_ranks([self.sums])[0])
-
     def result(self, *, is_pooled: bool = True) -> Calibration:
         r"""Means of what was summed.
 
@@ -189,11 +164,10 @@ class CalibrationSums:
             DataError: If there were no values, or values outside the atoms' range.
             NonFiniteError: If a likelihood was not finite: a variance was 0, or something NaN.
         """
-        sums = self.sums.reshape(len(self.sums), -1).sum(1) if is_pooled else self.sums
+        sums = self._pooled(is_pooled)
         n_levels = len(self.levels)
         count, outside, *_ = sums
-        if not bool(count.sum() > 0):
-            raise DataError("at least one value", "none", "Call update first.")
+        self._check_count(count)
         if bool(outside.sum() > 0):
             got = f"{int(outside.sum())} outside of it"
             raise DataError(f"data in the range of {self.atoms}", got, "Give the data's own range.")

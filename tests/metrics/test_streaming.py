@@ -60,7 +60,7 @@ def test_merging_and_batches_do_not_matter():
 
 def test_rows_of_all_ranks_count(monkeypatch):
     """Two ranks with the same rows, without the processes."""
-    monkeypatch.setattr("bayesae.metrics.streaming.add_over_ranks", lambda parts: [2 * part for part in parts])
+    monkeypatch.setattr("bayesae.metrics._sums.add_over_ranks", lambda parts: [2 * part for part in parts])
     one = summed(rows())
     both = one.over_ranks()
     assert_close(both.sums, one.merge(one).sums)
