@@ -15,7 +15,7 @@ from bayesae.errors import DataError, ShapeError, UnsupportedError
 from bayesae.functional import check_finite
 from bayesae.types import Batch
 
-__all__ = ["Data", "as_rows", "batches", "check_choice", "check_counts", "count_rows"]
+__all__ = ["Data", "as_rows", "batches", "check_choice", "check_counts", "check_rises", "count_rows"]
 
 Data: TypeAlias = Tensor | np.ndarray | Batch | Dataset | DataLoader
 """x alone, (N, \\*data): a tensor, an array, a data set, or a loader. Of (x, ...) tuples the first part is read. A
@@ -57,6 +57,20 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     """
     if value not in known:
         raise UnsupportedError(f"{name}, one of {list(known)}", repr(value), f"Try {known[0]!r}.")
+
+
+def check_rises(**tensors: Tensor) -> None:
+    """Raise unless numbers rise, or stay, along the first axis.
+
+    Args:
+        **tensors: Numbers (n, ...), n of at least 1, by the name of their argument; infinite ones are numbers.
+
+    Raises:
+        DataError: Naming the first that do not, are none, or hold a NaN.
+    """
+    for name, values in tensors.items():
+        if values.dim() == 0 or values.numel() == 0 or bool(values.isnan().any() | (values.diff(dim=0) < 0).any()):
+            raise DataError(f"{name} that rise along their first axis", "others", "Take them as a fit gives them.")
 
 
 def as_tensor(x: object) -> Tensor:

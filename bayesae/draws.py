@@ -19,6 +19,7 @@ __all__ = [
     "Moments",
     "concatenate_rows",
     "concatenate_weight_draws",
+    "fitted_mask",
     "fitted_rows",
     "logmeanexp_over_latents",
     "logmeanexp_over_weights",
@@ -188,6 +189,26 @@ def fitted_rows(x: Tensor | np.ndarray, shape: Sequence[int], like: Tensor) -> T
             "Give the rows that the moments or draws were made of.",
         )
     return rows.to(like).reshape(tuple(shape))
+
+
+def fitted_mask(mask: Tensor | np.ndarray, shape: Sequence[int]) -> Tensor:
+    r"""Which numbers of a record's rows were observed.
+
+    Args:
+        mask: True where one was, of as many numbers a row as ``shape`` has.
+        shape: Of the record's data, (B, \*data).
+
+    Returns:
+        bool, (B, \*data).
+
+    Raises:
+        ShapeError: If the mask is not bool, of other rows, or of rows of another size.
+    """
+    given = torch.as_tensor(mask)
+    if given.dtype != torch.bool or given.dim() == 0 or len(given) != shape[0] or given.numel() != math.prod(shape):
+        expected, got = f"a mask of shape {tuple(shape)} and dtype bool", f"{tuple(given.shape)} and {given.dtype}"
+        raise ShapeError(expected, got, "True where an entry was observed.")
+    return given.reshape(tuple(shape))
 
 
 Record = TypeVar("Record", Draws, Moments)

@@ -14,13 +14,14 @@ from safetensors import safe_open
 from torch import nn
 
 import bayesae as bae
-from bayesae import encoding
+from bayesae import calibration, encoding, ood
 from bayesae.curvature import KroneckerFactors, Layout, Linearisation, RotatedBlock
 from bayesae.encoding import values
 from bayesae.errors import DataError, FileError, UnsupportedError
 from bayesae.functional import parameters_of
 from bayesae.joint import IndependentNormal
 from bayesae.weights.structures import Dense, Diagonal, Eigencorrected, Kronecker, LowRank
+from tests.calibration.worlds import normal
 
 
 def there_and_back(value, tmp_path):
@@ -60,6 +61,7 @@ TREE = {
     "text": ["", "a/b.c", 'quotes " and \\ and\nlines', "Größe", "\u0000", "__metadata__", "tensor"],
     "nested": [[], {}, (), ((1, (2,)), [({"tensor": [1]},)])],
     3: torch.Size([2, 0]),
+    None: [1],
     "": {"": {"": torch.Size([])}},
     "looks like a skeleton": {"tensor": "x", "class": "Subset", "fields": {}, "dict": [], "float": "inf"},
     "tensors": {
@@ -158,7 +160,7 @@ def test_the_table_has_every_field(cls, kinds):
 @pytest.mark.parametrize(
     "value",
     [object(), {1, 2}, b"bytes", nn.Linear(1, 1), print, np.int64(3), 1j, slice(3), bae.Batch(torch.zeros(1))]
-    + [{(1, 2): 3}, {None: 3}, 2**64, torch.zeros(2, device="meta"), torch.eye(2).to_sparse(), torch.zeros(1) * 1j],
+    + [{(1, 2): 3}, {2.5: 3}, 2**64, torch.zeros(2, device="meta"), torch.eye(2).to_sparse(), torch.zeros(1) * 1j],
     ids=lambda value: type(value).__name__,
 )
 def test_what_has_no_form_in_a_file_is_named(value):
@@ -207,6 +209,8 @@ BAD_SKELETONS = [
     {"dict": [["a"]]},
     {"dict": [["a", 1], ["a", 2]]},
     {"dict": [[True, 1]]},
+    {"dict": [[2.5, 1]]},
+    {"dict": [[None, 1], [None, 2]]},
     {"dict": [[["a"], 1]]},
     {"class": "os.system", "fields": {"command": "true"}},
     {"class": "Subset"},
@@ -221,6 +225,13 @@ BAD_SKELETONS = [
     {"class": "IsotropicNormal", "fields": {"precision": {"float": "nan"}}},
     {"class": "LowRank", "fields": {"rank": 0, "n_passes": 1}},
     {"class": "LowRank", "fields": {"rank": 2.5, "n_passes": 1}},
+    {"class": "VarianceScaling", "fields": {"by": "row", "n_prior": 10.0}},
+    {"class": "SplitConformal", "fields": {"unit": 3}},
+    {"class": "IsotonicQuantiles", "fields": {"errors": {"tensor": "i"}}},
+    {"class": "Rescaled", "fields": {"noise": {"tensor": "x"}, "code": 1.0, "weights": {"tensor": "x"}}},
+    {"class": "ConformalCalibration", "fields": {"by_group": {"dict": [["a", {"tensor": "x"}]]}, "is_two_sided": True}},
+    {"class": "ConformalCalibration", "fields": {"by_group": {"dict": [[1, {"tensor": "i"}]]}, "is_two_sided": True}},
+    {"class": "CombinedCalibration", "fields": {"references": [], "combined": None, "rule": "fisher"}},
     {"class": "Particles", "fields": {"atoms": {"dict": []}, "is_linearised": False, "info": {"dict": []}}},
     {
         "class": "Particles",
@@ -255,6 +266,45 @@ def test_what_a_class_refuses_is_refused():
     for values_ in (-torch.ones(1, 2, 3), torch.full((1, 2, 3), math.nan), torch.ones(1, 3, 2)):
         with pytest.raises(FileError, match="KroneckerNormal"):
             encoding.unflatten(skeleton, tensors | {name: values_})
+
+
+def calibrations():
+    """Each before its fit and, of rows with missing entries, after it."""
+    moments, x = normal(40)
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.8
+    scaling, conformal = calibration.VarianceScaling, calibration.SplitConformal
+    methods = [scaling(), scaling("pixel", 3.0), calibration.Temperature(), calibration.Isotonic()]
+    methods += [conformal(unit) for unit in ("pixel", "position", "image")]
+    scores, groups = x.reshape(-1, 2), torch.arange(120) % 3
+    return [
+        *methods,
+        *(method.fit(moments, x, mask) for method in methods),
+        ood.ConformalCalibration.fit(scores[:, 0]),
+        ood.ConformalCalibration.fit(scores[:, 0], groups, two_sided=True),
+        ood.CombinedCalibration.fit(scores, "harmonic"),
+    ]
+
+
+def test_calibrations_come_back(tmp_path):
+    for value in calibrations():
+        check_same(value, there_and_back(value, tmp_path))
+    kinds = {type(value) for value in calibrations()}
+    assert kinds == set(values._CALIBRATIONS)
+
+
+def test_calibrations_that_no_fit_gives_are_refused():
+    falling = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    for name, fields in (
+        ("IsotonicQuantiles", {"errors": {"tensor": "x"}}),
+        ("ConformalQuantiles", {"scores": {"tensor": "x"}, "n_images": {"tensor": "x"}}),
+        ("ConformalCalibration", {"by_group": {"dict": [[None, {"tensor": "x"}]]}, "is_two_sided": False}),
+        ("Rescaled", dict.fromkeys(("noise", "code", "weights"), {"tensor": "x"})),
+    ):
+        skeleton = {"class": name, "fields": fields}
+        encoding.unflatten(skeleton, {"x": falling.flip(0)})
+        for bad in (-falling, torch.full((2,), math.nan)) if name == "Rescaled" else (falling, torch.zeros(0)):
+            with pytest.raises(FileError, match=f"a {name} that can be"):
+                encoding.unflatten(skeleton, {"x": bad})
 
 
 def test_factors_come_back_with_their_count(tmp_path):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.draws import Moments, fitted_rows
+from bayesae.draws import Moments, fitted_mask, fitted_rows
 from bayesae.errors import DataError, ShapeError, UnsupportedError
 from bayesae.functional import check_finite
 from bayesae.likelihoods import Bernoulli, ContinuousBernoulli, Mixed
@@ -26,7 +26,8 @@ ONE_DEVIATION = math.erf(1 / math.sqrt(2))
 class Recalibrated(ABC):
     """What a recalibration leaves: moments to recalibrated moments, quantiles and intervals.
 
-    No exact case: each subclass says what it holds for.
+    No exact case: each subclass says what it holds for. Missing entries of new rows need no mask: a number's moments
+    are recalibrated by themselves.
     """
 
     @abstractmethod
@@ -80,9 +81,39 @@ class Recalibrated(ABC):
 class Recalibration(Protocol):
     """How moments are to be recalibrated: settings, and a fit."""
 
-    def fit(self, moments: Moments, x: Tensor | np.ndarray) -> Recalibrated:
-        r"""Fit on rows (N, \*data) that trained nothing and test nothing, and the predictive's moments there."""
+    def fit(self, moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Recalibrated:
+        r"""Fit on rows that trained nothing and test nothing, and the predictive's moments there.
+
+        Args:
+            moments: Of the predictive at x.
+            x: Rows that trained nothing, (N, \*data).
+            mask: True where x was observed, (N, \*data); other entries, which may be NaN, decide nothing. None if
+                everything was.
+
+        Returns:
+            What recalibrates moments of any rows.
+
+        Raises:
+            DataError: If nothing was observed, or a variance is not positive.
+            NonFiniteError: If an observed error or its variance is not finite.
+            ShapeError: If x or the mask do not fit the moments.
+            UnsupportedError: If the likelihood's mean settles its law (binary and nominal data).
+        """
         ...
+
+
+class Errors(NamedTuple):
+    r"""Errors of the mean and predictive variances of calibration rows, (N, \*data) each.
+
+    Args:
+        error: x - mean, float64; 0 where nothing was observed.
+        var: The total variance, float64; 1 where nothing was observed.
+        is_observed: Which numbers decide.
+    """
+
+    error: Tensor
+    var: Tensor
+    is_observed: Tensor
 
 
 def check_level(level: float) -> None:
@@ -91,22 +122,8 @@ def check_level(level: float) -> None:
         raise DataError("a level in (0, 1)", f"{level}", "0.95 is 95 %.")
 
 
-def errors_of(moments: Moments, x: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
-    r"""Errors of the mean and predictive variances, (N, \*data) in float64.
-
-    Args:
-        moments: Of the predictive at x.
-        x: The calibration rows.
-
-    Returns:
-        x - mean, and the total variance.
-
-    Raises:
-        UnsupportedError: If the likelihood's law has no variance of its own to recalibrate.
-        DataError: If there are no rows, or a variance is not positive.
-        NonFiniteError: If an error or a variance is not finite.
-        ShapeError: If x is not the rows of the moments.
-    """
+def errors_of(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None) -> Errors:
+    r"""Errors of the mean and predictive variances; arguments and what it raises are those of `Recalibration.fit`."""
     if _is_settled_by_mean(moments.likelihood):
         raise UnsupportedError(
             "numbers with a variance of their own",
@@ -114,15 +131,20 @@ def errors_of(moments: Moments, x: Tensor | np.ndarray) -> tuple[Tensor, Tensor]
             "Hold probabilities against metrics.ece and brier_score.",
         )
     rows = fitted_rows(x, moments.mean.shape, moments.mean)
-    if rows.numel() == 0:
-        raise DataError("at least one calibration row", "none", "Hold rows out of the training data.")
+    is_observed = torch.ones_like(rows, dtype=torch.bool)
+    if mask is not None:
+        is_observed = fitted_mask(mask, moments.mean.shape).to(rows.device)
+    if not bool(is_observed.any()):
+        got = "none" if rows.numel() == 0 else "rows of which nothing was observed"
+        raise DataError("at least one calibration row", got, "Hold rows out of the training data.")
     error, var = (part.detach().double() for part in (rows - moments.mean, moments.total))
-    check_finite({"x - mean": error, "variance": var}, "errors and variances", "Recalibration takes no missing data.")
+    error, var = torch.where(is_observed, error, 0.0), torch.where(is_observed, var, 1.0)
+    check_finite({"x - mean": error, "variance": var}, "errors and variances", "Give a mask of what is missing.")
     n_zero = int((var <= 0).sum())
     if n_zero:
         got = f"{n_zero} of {var.numel()} that are not"
         raise DataError("positive predictive variances", got, "Give the likelihood noise, or leave those pixels out.")
-    return error, var
+    return Errors(error, var, is_observed)
 
 
 def _is_settled_by_mean(likelihood: Likelihood) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bayesae.calibration.base import (
@@ -17,13 +18,15 @@ from bayesae.calibration.base import (
     errors_of,
     rescaled,
 )
-from bayesae.data import check_choice
+from bayesae.data import check_choice, check_rises
 from bayesae.draws import Moments
-from bayesae.errors import DataError
+from bayesae.errors import DataError, ShapeError
 
 __all__ = ["ConformalQuantiles", "SplitConformal"]
 
 Unit = Literal["pixel", "position", "image"]
+
+_ROUNDING = 1e-7  # images: what sums of shares of them, and products with a level, may be off
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +34,27 @@ class ConformalQuantiles(Recalibrated):
     r"""Sorted scores of calibration images, from which an interval of any level follows.
 
     Args:
-        scores: \|x - mean\| / deviation, sorted along the first axis: (N D,) of all pixels, (N, \*data) of every
+        scores: \|x - mean\| / deviation, sorted along the first axis: (n,) of all pixels, (N, \*data) of every
             position, or (N,) of the largest of each image.
-        n_images: N.
+        n_images: How many images lie at or below each score, of the same shape; a pixel counts for its share of the
+            image.
 
     Exact when: see `SplitConformal`.
+    Cost: one pass over the scores for each quantile.
+
+    Raises:
+        DataError: If scores or numbers of images are not sorted, or there are none.
+        ShapeError: If they differ in shape.
     """
 
     scores: Tensor
-    n_images: int
+    n_images: Tensor
+
+    def __post_init__(self) -> None:
+        check_rises(scores=self.scores, n_images=self.n_images)
+        if self.scores.shape != self.n_images.shape:
+            got = f"{tuple(self.scores.shape)}, {tuple(self.n_images.shape)}"
+            raise ShapeError("scores and numbers of images of one shape", got, "Take them as a fit gives them.")
 
     def __call__(self, moments: Moments) -> Moments:
         """The moments, their deviation half the width of the 68.27 % interval."""
@@ -55,12 +70,13 @@ class ConformalQuantiles(Recalibrated):
         return at_deviations(moments, math.copysign(1, level - 0.5) * self._at(central))
 
     def _at(self, level: float) -> Tensor:
-        # the scores of one more image count as infinite; the small number undoes rounding of the product
-        rank = math.ceil(level * (self.n_images + 1) * (len(self.scores) / self.n_images) - 1e-9)
-        if rank > len(self.scores):
+        # the scores of one more image count as infinite
+        n_all = self.n_images[-1]
+        place = (self.n_images < level * (n_all + 1) - _ROUNDING).sum(0)
+        if bool((place == len(self.scores)).any()):
             wanted = f"{math.ceil(level / (1 - level) - 1e-9)} calibration images for a level of {level:g}"
-            raise DataError(wanted, f"{self.n_images}", "Hold out more images, or ask for a lower level.")
-        return self.scores[max(rank, 1) - 1]
+            raise DataError(wanted, f"{int(n_all.min() + 0.5)}", "Hold out more images, or ask for a lower level.")
+        return self.scores.gather(0, place[None])[0]
 
 
 @dataclass(frozen=True)
@@ -84,19 +100,22 @@ class SplitConformal:
     Probabilities are over calibration images and the new one together. No law of the errors is assumed; deviations
     that do not rank errors cost width, not coverage.
 
+    Of images with missing entries all of this is said of observed pixels: "pixel" chooses among those of the new image,
+    "position" counts the N_d images in which d was observed, "image" asks for all that were, and an image without any
+    counts for none.
+
     Args:
         unit: What the level is the coverage of.
 
-    Exact when: images are exchangeable, for coverage of at least the level. With continuous scores "position" and
-        "image" cover :math:`\lceil (N+1) \ell \rceil / (N+1)` exactly.
+    Exact when: images, with what is missing in them, are exchangeable, for coverage of at least the level. With
+        continuous scores "position" and "image" cover :math:`\lceil (N+1) \ell \rceil / (N+1)` exactly.
     Biased when: calibration images are not like the new ones (another source, shift, or images that trained the
-        network); or a level is read as that of one given image, or of pixels of one kind.
-    Cost: one sort of the scores, which are kept.
+        network); or a level is read as that of one given image, of pixels of one kind, or of pixels that are missing.
+    Cost: one sort of the scores, which are kept with as many numbers of images.
 
     Raises:
-        DataError: If there are no rows, or a variance is not positive; from the result if N is less than
-            level / (1 - level).
-        UnsupportedError: If there is no such unit, or the likelihood's mean settles its law (binary and nominal data).
+        DataError: From the result, if N is less than level / (1 - level).
+        UnsupportedError: If there is no such unit.
 
     References:
         | Distribution-Free Predictive Inference for Regression (Lei, G'Sell, Rinaldo, Tibshirani, Wasserman, 2018)
@@ -108,20 +127,19 @@ class SplitConformal:
     def __post_init__(self) -> None:
         check_choice("unit", self.unit, get_args(Unit))
 
-    def fit(self, moments: Moments, x: Tensor | np.ndarray) -> ConformalQuantiles:
-        r"""The scores of these images.
-
-        Args:
-            moments: Of the predictive at x.
-            x: Images that trained nothing, (N, \*data).
-
-        Returns:
-            `ConformalQuantiles`.
-        """
-        error, var = errors_of(moments, x)
-        scores = error.abs() / var.sqrt()
+    def fit(
+        self, moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None
+    ) -> ConformalQuantiles:
+        """The scores of these images; arguments and errors as of `Recalibration.fit`."""
+        error, var, is_observed = errors_of(moments, x, mask)
+        scores, n_pixels = error.abs() / var.sqrt(), is_observed.reshape(len(error), -1).sum(1)
         if self.unit == "pixel":
-            scores = scores.flatten()
-        elif self.unit == "image":
-            scores = scores.reshape(len(scores), -1).amax(1)
-        return ConformalQuantiles(scores.sort(0).values, len(error))
+            share = (1 / n_pixels.double()).reshape(-1, *[1] * (scores.dim() - 1)).expand_as(scores)
+            scores, counts = scores[is_observed], share[is_observed]
+        elif self.unit == "image":  # a score is 0 where nothing was observed
+            scores = scores.reshape(len(scores), -1).amax(1)[n_pixels > 0]
+            counts = torch.ones_like(scores)
+        else:
+            scores, counts = torch.where(is_observed, scores, math.inf), is_observed.double()
+        scores, order = scores.sort(0)
+        return ConformalQuantiles(scores, counts.gather(0, order).cumsum(0))

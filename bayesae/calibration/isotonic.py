@@ -16,8 +16,9 @@ from bayesae.calibration.base import (
     errors_of,
     rescaled,
 )
+from bayesae.data import check_rises
 from bayesae.draws import Moments
-from bayesae.errors import DataError
+from bayesae.errors import DataError, ShapeError
 
 __all__ = ["Isotonic", "IsotonicQuantiles"]
 
@@ -30,9 +31,18 @@ class IsotonicQuantiles(Recalibrated):
         errors: Standardised errors, sorted, (n,), float64.
 
     Exact when: errors divided by predicted deviations have one law, whatever its shape.
+
+    Raises:
+        DataError: If the errors are not sorted, or there are none.
+        ShapeError: If they have several axes.
     """
 
     errors: Tensor
+
+    def __post_init__(self) -> None:
+        check_rises(errors=self.errors)
+        if self.errors.dim() != 1:
+            raise ShapeError("errors (n,)", f"{tuple(self.errors.shape)}", "Take them as Isotonic().fit gives them.")
 
     def __call__(self, moments: Moments) -> Moments:
         """The moments, their deviation half the width of the recalibrated 68.27 % interval."""
@@ -64,7 +74,8 @@ class Isotonic:
 
     F is the Normal predictive's distribution function. Observed shares rise with the level, so that their isotonic
     regression is themselves; R after F is the empirical law of the standardised errors u, whose quantiles
-    :math:`\hat Q_u` are kept (a level of 1 - 1e-17 would be 1).
+    :math:`\hat Q_u` are kept (a level of 1 - 1e-17 would be 1). Of rows with missing entries the sums are over what was
+    observed.
 
     Exact when: standardised errors have one law, of any shape: quantiles and intervals then have their level as
         calibration rows are added, also where errors are skew.
@@ -73,24 +84,16 @@ class Isotonic:
     Cost: one sort of the values, which are kept.
 
     Raises:
-        DataError: If there are no rows, or a variance is not positive; from the result if a level is finer than n
-            values can tell.
-        UnsupportedError: If the likelihood's mean settles its law (binary and nominal data).
+        DataError: From the result, if a level is finer than n values can tell.
 
     References:
         | Accurate Uncertainties for Deep Learning Using Calibrated Regression (Kuleshov, Fenner, Ermon, 2018).
           Departure: order statistics stand at k / (n + 1), not k / n.
     """
 
-    def fit(self, moments: Moments, x: Tensor | np.ndarray) -> IsotonicQuantiles:
-        r"""The law of the standardised errors of these rows.
-
-        Args:
-            moments: Of the predictive at x.
-            x: Rows that trained nothing, (N, \*data).
-
-        Returns:
-            `IsotonicQuantiles`.
-        """
-        error, var = errors_of(moments, x)
-        return IsotonicQuantiles((error / var.sqrt()).flatten().sort().values)
+    def fit(
+        self, moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None
+    ) -> IsotonicQuantiles:
+        """The law of the standardised errors of these rows; arguments and errors as of `Recalibration.fit`."""
+        error, var, is_observed = errors_of(moments, x, mask)
+        return IsotonicQuantiles((error / var.sqrt())[is_observed].sort().values)

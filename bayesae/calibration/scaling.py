@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bayesae.calibration.base import Recalibrated, at_deviations, errors_of, normal_quantile, rescaled
@@ -23,16 +24,25 @@ class Rescaled(Recalibrated):
     r"""Parts of the variance times factors; quantiles are those of the Normal law.
 
     Args:
-        noise: Factor of the noise, () or (\*data), float64.
+        noise: Factor of the noise, () or (\*data), float64; 0 takes that part out.
         code: Factor of the code's part.
         weights: Factor of the weights' part.
 
     Exact when: data are Normal around the mean with the variance that comes out.
+
+    Raises:
+        DataError: If a factor is negative or not finite.
     """
 
     noise: Tensor
     code: Tensor
     weights: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "code", "weights"):
+            factor = getattr(self, name)
+            if not bool(((factor >= 0) & factor.isfinite()).all()):
+                raise DataError(f"{name} factors of 0 or more", "negative, infinite or NaN", "1 changes nothing.")
 
     def __call__(self, moments: Moments) -> Moments:
         """The moments, rescaled."""
@@ -50,7 +60,8 @@ class VarianceScaling:
     .. math:: c = \frac1{N D} \sum_{i, d} u_{id}^2, \qquad u = (x - \mu) / \sigma, \qquad
               c_d = \frac{\nu c + \sum_i u_{id}^2}{\nu + N} \text{ by pixel}
 
-    c maximises the likelihood of N(mean, c var); with :math:`\nu = 0` each :math:`c_d` does for its pixel.
+    c maximises the likelihood of N(mean, c var); with :math:`\nu = 0` each :math:`c_d` does for its pixel. Of rows with
+    missing entries sums and counts are those of what was observed: a pixel that never was has the shared factor.
 
     Args:
         by: "all" pixels share a factor, or every "pixel" has its own.
@@ -62,9 +73,8 @@ class VarianceScaling:
     Cost: one pass over the values.
 
     Raises:
-        DataError: If there are no rows, a variance is not positive, all errors that decide a factor are 0, or
-            ``n_prior`` is negative.
-        UnsupportedError: If ``by`` is another word, or the likelihood's mean settles its law (binary and nominal data).
+        DataError: If ``n_prior`` is negative; from a fit if all errors that decide a factor are 0, or none does.
+        UnsupportedError: If ``by`` is another word.
 
     References:
         | Evaluating and Calibrating Uncertainty Prediction in Regression Tasks (Levi, Gispan, Giladi, Fetaya, 2022).
@@ -79,25 +89,14 @@ class VarianceScaling:
         if not self.n_prior >= 0:
             raise DataError("n_prior of 0 or more", f"{self.n_prior}", "It counts rows.")
 
-    def fit(self, moments: Moments, x: Tensor | np.ndarray) -> Rescaled:
-        r"""The factor of these rows.
-
-        Args:
-            moments: Of the predictive at x.
-            x: Rows that trained nothing, (N, \*data).
-
-        Returns:
-            `Rescaled`, one factor for all three parts.
-
-        Raises:
-            DataError: If a factor would be 0.
-        """
-        error, var = errors_of(moments, x)
+    def fit(self, moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Rescaled:
+        """One factor for all three parts; arguments and errors as of `Recalibration.fit`."""
+        error, var, is_observed = errors_of(moments, x, mask)
         squares = error**2 / var
-        factor = squares.mean()
+        factor = squares.sum() / is_observed.sum()
         if self.by == "pixel":
-            factor = (self.n_prior * factor + squares.sum(0)) / (self.n_prior + len(squares))
+            factor = (self.n_prior * factor + squares.sum(0)) / (self.n_prior + is_observed.sum(0, dtype=torch.float64))
         if not bool((factor > 0).all()):
-            got = f"{int((factor <= 0).sum())} pixels without any"
+            got = f"{int((~(factor > 0)).sum())} pixels without any"
             raise DataError("errors that are not all 0", got, "Leave those pixels out, or give n_prior > 0.")
         return Rescaled(factor, factor, factor)

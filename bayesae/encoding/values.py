@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from bayesae import families, weights
+from bayesae import calibration, families, ood, weights
 from bayesae.curvature import KroneckerCurvature, KroneckerFactors, Layout, RotatedBlock
 from bayesae.errors import FileError, UnsupportedError
 from bayesae.families.base import Normal
@@ -29,6 +29,7 @@ __all__ = ["DTYPES", "flatten", "short", "unflatten"]
 
 _MAX_DEPTH = 32  # of values in values; a posterior with parts takes 6
 _MAX_INT = 2**64
+_KEYS = {str, int, type(None)}  # of dicts; JSON has all three
 _MAX_COMPACT = 2**28  # entries of masks that are stored by their shapes alone: what a small file can make us allocate
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -50,10 +51,11 @@ def _instance(*types: type) -> _Kind:
     return _Kind(" or ".join(t.__name__ for t in types), lambda value: type(value) in types)
 
 
-def _by_name(of: _Kind) -> _Kind:
+def _by_name(of: _Kind, keys: tuple[type, ...] = (str,)) -> _Kind:
+    by = "name" if keys == (str,) else " or ".join(key.__name__ for key in keys)
     return _Kind(
-        f"a dict of {of.what} by name",
-        lambda value: type(value) is dict and all(type(k) is str and of.fits(v) for k, v in value.items()),
+        f"a dict of {of.what} by {by}",
+        lambda value: type(value) is dict and all(type(k) in keys and of.fits(v) for k, v in value.items()),
     )
 
 
@@ -104,10 +106,11 @@ def _public(module: ModuleType) -> list[type]:
     return [cls for name in module.__all__ if is_dataclass(cls := getattr(module, name)) and isinstance(cls, type)]
 
 
-# families, methods, structures, priors and warm-ups: their own annotations say what a field may be
+# families, methods, structures, priors, warm-ups and calibrations: their own annotations say what a field may be
 _FAMILIES, _METHODS, _STRUCTURES = (_public(module) for module in (families, weights, structures))
 _OTHERS = [IsotropicNormal, IndependentNormal, ScaleMixture, WarmUp]
-_OPEN = {cls.__name__: cls for cls in [*_OTHERS, *_FAMILIES, *_METHODS, *_STRUCTURES]}
+_CALIBRATIONS = [*_public(calibration), ood.CombinedCalibration, ood.ConformalCalibration]
+_OPEN = {cls.__name__: cls for cls in [*_OTHERS, *_FAMILIES, *_METHODS, *_STRUCTURES, *_CALIBRATIONS]}
 _NAMES: dict[type, str] = {cls: name for name, (cls, _) in _CLASSES.items()} | {
     cls: name for name, cls in _OPEN.items()
 }
@@ -123,8 +126,9 @@ def _kind(hint: Any) -> _Kind:  # noqa: ANN401 - an annotation
         return _Kind(" or ".join(kind.what for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
     if origin is Literal:
         return _Kind(f"one of {list(arguments)}", lambda value: type(value) is str and value in arguments)
-    if origin in {Mapping, dict} and arguments[0] is str:
-        return _INFO if arguments[1] is float else _by_name(_kind(arguments[1]))
+    if origin in {Mapping, dict}:
+        keys = get_args(arguments[0]) or (arguments[0],)
+        return _INFO if arguments[1] is float else _by_name(_kind(arguments[1]), keys)
     if origin in {Sequence, tuple, list}:
         return _several(_kind(arguments[0]))
     if origin is Callable:
@@ -166,8 +170,9 @@ def flatten(value: Any) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401 - any 
     """Take a value apart into a skeleton that JSON can hold and the tensors that it names.
 
     Args:
-        value: None, bool, int, float, str, Tensor, ``torch.Size``; lists, tuples and dicts (keys str or int) of them;
-            `Subset`, priors, methods and posteriors over weights, and the sums of `Laplace`'s structures.
+        value: None, bool, int, float, str, Tensor, ``torch.Size``; lists, tuples and dicts (keys str, int or None) of
+            them; `Subset`, priors, methods and posteriors over weights, the sums of `Laplace`'s structures, and
+            recalibrations and conformal calibrations of scores, before and after their fit.
 
     Returns:
         Skeleton and tensors. Tensors share memory with the value: write them, or clone them, before it changes. One
@@ -229,7 +234,7 @@ class _Flattening:
         if isinstance(value, list | tuple) and type(value) in {list, tuple}:
             entries = [self.encode(entry, _join(at, i), depth + 1) for i, entry in enumerate(value)]
             return entries if type(value) is list else {"tuple": entries}
-        if isinstance(value, Mapping) and all(type(key) in {str, int} for key in value):
+        if isinstance(value, Mapping) and all(type(key) in _KEYS for key in value):
             return {"dict": [[key, self.encode(entry, _join(at, key), depth + 1)] for key, entry in value.items()]}
         if type(value) in _NAMES:
             name = _NAMES[type(value)]
@@ -302,10 +307,10 @@ class _Unflattening:
             raise FileError(f"masks of at most {_MAX_COMPACT} entries in all", f"one of {tuple(shape)}", _DAMAGED)
         return torch.ones(shape, dtype=torch.bool)
 
-    def _dict(self, pairs: list[Any], depth: int) -> dict[str | int, Any]:
-        result: dict[str | int, Any] = {}
+    def _dict(self, pairs: list[Any], depth: int) -> dict[str | int | None, Any]:
+        result: dict[str | int | None, Any] = {}
         for pair in pairs:
-            if type(pair) is not list or len(pair) != 2 or type(pair[0]) not in {str, int} or pair[0] in result:
+            if type(pair) is not list or len(pair) != 2 or type(pair[0]) not in _KEYS or pair[0] in result:
                 raise FileError("pairs of a name and a value, each name once", short(pair), _DAMAGED)
             result[pair[0]] = self.decode(pair[1], depth + 1)
         return result
@@ -336,7 +341,7 @@ def _size(shape: list[Any]) -> torch.Size:
     return torch.Size(shape)
 
 
-def _join(at: str, key: str | int) -> str:
+def _join(at: str, key: str | int | None) -> str:
     return f"{at}/{key}" if at else str(key)
 
 

@@ -10,6 +10,7 @@ from sklearn.base import OutlierMixin
 
 from bayesae.estimators.base import TableModel
 from bayesae.estimators.checks import check_number
+from bayesae.ood import ConformalCalibration
 from bayesae.types import Likelihood
 from bayesae.weights import WeightInference
 
@@ -162,7 +163,4 @@ class BayesianOutlierDetector(OutlierMixin, TableModel):
         References:
             | Testing for Outliers with Conformal p-values (Bates, Candes, Lei, Romano, Sesia, 2023)
         """
-        scores = self.anomaly_score(X)
-        n = len(self.held_out_scores_)
-        n_stranger = n - np.searchsorted(self.held_out_scores_, scores, side="left")
-        return (1 + n_stranger) / (1 + n)
+        return ConformalCalibration.fit(self.held_out_scores_).p_values(self.anomaly_score(X)).numpy()

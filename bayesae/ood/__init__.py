@@ -15,6 +15,7 @@ from bayesae.ood.corrections import attainable, input_complexity, likelihood_rat
 from bayesae.ood.densities import (
     all_scores,
     disagreement,
+    largest_weight,
     log_density_deviation,
     negative_expected_log_density,
     negative_log_predictive,
@@ -60,6 +61,7 @@ __all__ = [
     "information_gram",
     "input_complexity",
     "joint_information",
+    "largest_weight",
     "likelihood_ratio",
     "likelihood_regret",
     "log_density_deviation",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.data import check_choice
+from bayesae.data import check_choice, check_rises
 from bayesae.errors import DataError, ShapeError
 from bayesae.ood._checks import check_rate, checked_scores
 
@@ -78,6 +78,11 @@ class ConformalCalibration:
         below a given these is Beta distributed around a (see `threshold`). `DriftMonitor` makes independent ones.
     Cost: one sort, then a bisection a row.
 
+    Raises:
+        DataError: If scores of a group are not sorted, or there are none.
+        NonFiniteError: If a score is NaN.
+        ShapeError: If scores have several axes.
+
     References:
         | Algorithmic Learning in a Random World (Vovk, Gammerman, Shafer, 2005)
         | Testing for Outliers with Conformal p-values (Bates, Candes, Lei, Romano, Sesia, 2023)
@@ -85,6 +90,10 @@ class ConformalCalibration:
 
     by_group: Mapping[int | None, Tensor]
     is_two_sided: bool = False
+
+    def __post_init__(self) -> None:
+        for scores in self.by_group.values():
+            check_rises(calibration_scores=checked_scores(scores))
 
     @classmethod
     def fit(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.draws import Draws, Moments, fitted_rows
+from bayesae.draws import Draws, Moments, fitted_mask, fitted_rows
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.functional import at_least_float32
 from bayesae.likelihoods import Gaussian
@@ -71,7 +71,7 @@ def contributions(
                 "Average the contributions of familiar rows over their first axis.",
             )
         values = values - reference.to(values)
-    return _observed(values, mask)
+    return observed_only(values, mask)
 
 
 def contribution_moments(
@@ -113,7 +113,7 @@ def contribution_moments(
     noise, weights = moments.noise, moments.weights
     mean = 0.5 * ((square + weights + moments.code) / noise + torch.log(2 * math.pi * noise))
     deviation = torch.sqrt(0.5 * weights * (weights + 2 * square)) / noise
-    return Contributions(_observed(mean, mask), _observed(deviation, mask))
+    return Contributions(observed_only(mean, mask), observed_only(deviation, mask))
 
 
 def contribution_draws(draws: Draws, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Contributions:
@@ -149,17 +149,11 @@ def contribution_draws(draws: Draws, x: Tensor | np.ndarray, mask: Tensor | np.n
     # not distribution().log_prob: torch's laws stop probabilities short of 0 and 1, or lose the digits of large counts
     values = -draws.likelihood.log_density(outputs, fitted_rows(x, shape, outputs)).mean(0)
     mean, deviation = (part.reshape(tuple(x.shape)) for part in (values.mean(0), values.std(0, correction=0)))
-    return Contributions(_observed(mean, mask), _observed(deviation, mask))
+    return Contributions(observed_only(mean, mask), observed_only(deviation, mask))
 
 
-def _observed(values: Tensor, mask: Tensor | np.ndarray | None) -> Tensor:
+def observed_only(values: Tensor, mask: Tensor | np.ndarray | None) -> Tensor:
+    r"""The parts (B, \*data) of a score with 0 where nothing was observed; as they are without a mask."""
     if mask is None:
         return values
-    mask = torch.as_tensor(mask)
-    if mask.dtype != torch.bool or mask.numel() != values.numel() or len(mask) != len(values):
-        raise ShapeError(
-            f"a mask of shape {tuple(values.shape)} and dtype bool",
-            f"{tuple(mask.shape)} and {mask.dtype}",
-            "True where an entry was observed.",
-        )
-    return torch.where(mask.to(values.device).reshape(values.shape), values, 0.0)
+    return torch.where(fitted_mask(mask, values.shape).to(values.device), values, 0.0)

@@ -15,6 +15,7 @@ from bayesae.ood.information import information_gain
 __all__ = [
     "all_scores",
     "disagreement",
+    "largest_weight",
     "log_density_deviation",
     "negative_expected_log_density",
     "negative_log_predictive",
@@ -164,27 +165,27 @@ def log_density_deviation(draws: Draws) -> Tensor:
     return _several(draws).std(0, correction=0)
 
 
-def typicality(scores: Tensor, familiar: Tensor, *, batch_size: int = 1) -> Tensor:
-    r"""How far the mean score of a batch is from that of familiar rows: strange is what is *too likely*, too.
+def typicality(scores: Tensor, familiar: Tensor) -> Tensor:
+    r"""How far a score is from the mean of familiar rows': strange is what is *too likely*, too.
 
-    .. math:: \Big| \frac1M \sum_{m=1}^M s(x_m) - \frac1N \sum_{n=1}^N s(x_n') \Big|
+    .. math:: \Big| s(x) - \frac1N \sum_{n=1}^N s(x_n') \Big|
 
-    With s of minus the log-density the second mean estimates the entropy: Nalisnick's test. Any score will do.
+    With s of minus the log-density the mean estimates the entropy: Nalisnick's test of single rows. Any score will do.
+    Of batches `batch_typicality` has the distance of the means, and what it is worth.
 
     Args:
-        scores: Scores of the rows, (B,); a mean over batches of one gives each row its own.
+        scores: Scores of the rows, (B,).
         familiar: Scores of held-out familiar rows, (N,), not of test rows; of training rows it is low by what the
             network has learnt by heart.
-        batch_size: M, rows that are judged together, in the order in which they come.
 
     Returns:
-        (B / M,), in the scores' unit.
+        (B,), in the scores' unit.
 
     Exact when: always, as a function of the scores.
-    Biased when: N is small: the standard error of the second mean is that of N scores.
+    Biased when: N is small: the standard error of the mean is that of N scores.
 
     Raises:
-        DataError: If there are no familiar scores, or B is no multiple of M.
+        DataError: If there are no familiar scores.
         NonFiniteError: If a score is not finite.
         ShapeError: If scores are no vectors.
 
@@ -195,27 +196,49 @@ def typicality(scores: Tensor, familiar: Tensor, *, batch_size: int = 1) -> Tens
     if scores.dim() != 1 or familiar.dim() != 1:
         got = f"{tuple(scores.shape)} and {tuple(familiar.shape)}"
         raise ShapeError("scores (B,) and (N,)", got, "One score a row.")
-    if len(familiar) == 0 or batch_size < 1 or len(scores) % batch_size:
-        raise DataError(
-            "familiar scores, and rows in whole batches",
-            f"{len(familiar)} familiar scores, {len(scores)} rows in batches of {batch_size}",
-            "Leave the last rows out, or choose another batch size.",
-        )
+    if len(familiar) == 0:
+        raise DataError("familiar scores", "none", "Score rows that were held out.")
     for values in (scores, familiar):
         if not bool(values.isfinite().all()):
             raise NonFiniteError("finite scores", f"{int((~values.isfinite()).sum())} that are not", "Find the rows.")
     # float64: a sum of thousands of scores of hundreds of nats
-    centre = familiar.double().mean()
-    return (scores.double().reshape(-1, batch_size).mean(1) - centre).abs().to(scores.dtype)
+    return (scores.double() - familiar.double().mean()).abs().to(scores.dtype)
+
+
+def largest_weight(draws: Draws, *, temperature: float = 1.0) -> Tensor:
+    r"""Likelihood of the row under the weight draw that explains it best, as a share of that under all draws.
+
+    .. math:: \max_s w_s, \qquad w_s \text{ as in `disagreement`}
+
+    Near 1 one draw explains the row alone, and the scores of weights cannot tell such rows apart: `share_saturated`.
+    Log S plus its log is of Renyi order infinity what `disagreement` is of order 2, and at least as large.
+
+    Args:
+        draws: Draws of the predictive at x, S > 1.
+        temperature: As for `disagreement`.
+
+    Returns:
+        (B,), from 1 / S (draws agree) to 1.
+
+    Raises:
+        UnsupportedError: If there is one draw only.
+        DataError: If the temperature is not positive.
+
+    Exact when: always, as a function of the draws.
+    """
+    return _log_weights(draws, temperature).amax(0).exp().to(draws.log_likelihood.dtype)
 
 
 def share_saturated(draws: Draws, *, temperature: float = 1.0, level: float = 0.99) -> float:
     """Share of rows that one weight draw explains alone, so that weights' scores cannot tell them apart.
 
+    Of many rows it comes with all other scores: ``(scores["largest_weight"] >= 0.99).double().mean()`` of
+    ``scores = predictive.reduce(ood.all_scores, x)``.
+
     Args:
         draws: Draws of the predictive at x, S > 1.
         temperature: As for `disagreement`.
-        level: Normalised likelihood of one draw from which it is alone.
+        level: `largest_weight` from which a draw is alone.
 
     Returns:
         In [0, 1]. Of saturated rows `disagreement` and `weight_entropy` are log S, whatever the rows are.
@@ -226,18 +249,20 @@ def share_saturated(draws: Draws, *, temperature: float = 1.0, level: float = 0.
 
     Exact when: always, as a function of the draws.
     """
-    return float((_log_weights(draws, temperature).amax(0) >= math.log(level)).double().mean())
+    return float((largest_weight(draws, temperature=temperature) >= level).double().mean())
 
 
 def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: float = 1.0) -> dict[str, Tensor]:
     """Every score of `Draws` at once, from one pass of the predictive.
 
-    Of many rows ``predictive.reduce(ood.all_scores, x)`` keeps no more draws than it needs at a time.
+    Of many rows ``predictive.reduce(ood.all_scores, x)`` keeps no more draws than it needs at a time. Draws of rows
+    with missing entries know their log-densities of what was observed, but no mask: "information_gain" then is that of
+    complete rows, and ``information_gain(draws, mask)`` that of the entries that are there.
 
     Args:
         draws: Draws of the predictive at x; with outputs there is "information_gain" too.
         familiar: `negative_log_predictive` of held-out familiar rows, (N,), under as many draws: adds "typicality".
-        temperature: Of `disagreement` and `weight_entropy`.
+        temperature: Of `disagreement`, `weight_entropy` and `largest_weight`.
 
     Returns:
         Scores (B,) by the names of their functions, without those that need more draws than there are, or (the volume)
@@ -256,6 +281,7 @@ def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: flo
         found["log_density_deviation"] = log_density_deviation(draws)
         found["disagreement"] = disagreement(draws, temperature=temperature)
         found["weight_entropy"] = weight_entropy(draws, temperature=temperature)
+        found["largest_weight"] = largest_weight(draws, temperature=temperature)
         if draws.outputs is not None:
             found["information_gain"] = information_gain(draws)
     if draws.latents[..., 0, 0].numel() > 1:

@@ -5,18 +5,20 @@ A row's Gram matrix says all of it, and Gram matrices of several rows add up to 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.draws import Draws, Moments
+from bayesae.draws import Draws, Moments, fitted_mask
 from bayesae.errors import NonFiniteError, ShapeError, UnsupportedError
 from bayesae.functional import check_finite
+from bayesae.ood.contributions import observed_only
 from bayesae.types import BlockHessian, LowRankHessian, OutputHessian
 
 __all__ = ["information_gain", "information_gain_bound", "information_gram", "joint_information"]
 
 
-def information_gram(draws: Draws) -> Tensor:
+def information_gram(draws: Draws, mask: Tensor | np.ndarray | None = None) -> Tensor:
     r"""How a row's outputs differ between weight draws, measured by the noise: what `joint_information` adds up.
 
     .. math:: G_{st} = \tfrac1S (f_s - \bar f)^\top H (f_t - \bar f), \qquad \bar f = \tfrac1S \sum_s f_s
@@ -31,6 +33,8 @@ def information_gram(draws: Draws) -> Tensor:
 
     Args:
         draws: Draws of the predictive, with outputs: ``predictive(x, keep_outputs=True)``.
+        mask: True where a number of the data counts, (B, \*data): what the others would show tells nothing then. None
+            counts all.
 
     Returns:
         G, (B, S, S), positive semi-definite, float64.
@@ -42,12 +46,17 @@ def information_gram(draws: Draws) -> Tensor:
     Raises:
         UnsupportedError: If the draws came without outputs.
         NonFiniteError: If an output or the likelihood's Hessian is not finite.
+        ShapeError: If the mask does not fit the outputs.
     """
     if draws.outputs is None:
         raise UnsupportedError("draws with outputs", "draws without", "Use predictive(x, keep_outputs=True).")
     outputs = draws.outputs.mean(0, dtype=torch.float64)
     centre = outputs.mean(0)
     apart = (outputs - centre).transpose(0, 1)
+    if mask is not None:
+        shape = (outputs.shape[1], *draws.likelihood.data_shape(outputs.shape[2:]))
+        counts = draws.likelihood.output_mask(fitted_mask(mask, shape).to(outputs.device))
+        apart = torch.where(counts.reshape(centre.shape)[:, None], apart, 0.0)
     gram = _products(apart, draws.likelihood.output_hessian(centre)) / len(outputs)
     check_finite({"gram": gram}, "outputs and Hessians", "Is the noise variance 0?")
     return gram
@@ -104,7 +113,7 @@ def joint_information(grams: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-def information_gain(draws: Draws) -> Tensor:
+def information_gain(draws: Draws, mask: Tensor | np.ndarray | None = None) -> Tensor:
     r"""How much observing each row's outputs would tell about the weights, :math:`I[x; \theta \mid D]`.
 
     .. math:: \tfrac12 \log\det (I_S + G) = \tfrac12 \log\det (I_O + \operatorname{Cov}_\theta[f]\, H)
@@ -114,6 +123,7 @@ def information_gain(draws: Draws) -> Tensor:
 
     Args:
         draws: Draws of the predictive, with outputs: ``predictive(x, keep_outputs=True)``.
+        mask: As for `information_gram`; rows that have been seen in part are then scored on what was seen.
 
     Returns:
         (B,), nats.
@@ -127,16 +137,17 @@ def information_gain(draws: Draws) -> Tensor:
     Raises:
         UnsupportedError: If the draws came without outputs.
         NonFiniteError: If an output or the likelihood's Hessian is not finite.
+        ShapeError: If the mask does not fit the outputs.
 
     References:
         | Information-Based Objective Functions for Active Data Selection (MacKay, 1992)
         | Bayesian Active Learning for Classification and Preference Learning (Houlsby, Huszar, Ghahramani, Lengyel,
           2011)
     """
-    return joint_information(information_gram(draws)[:, None])
+    return joint_information(information_gram(draws, mask)[:, None])
 
 
-def information_gain_bound(moments: Moments) -> Tensor:
+def information_gain_bound(moments: Moments, mask: Tensor | np.ndarray | None = None) -> Tensor:
     r"""What a row's numbers would tell about the weights if each told something else: an upper bound, without draws.
 
     .. math:: \tfrac12 \sum_o \log\Big(1 + \frac{w_o}{n_o}\Big) \ge I[x; \theta \mid D]
@@ -148,6 +159,7 @@ def information_gain_bound(moments: Moments) -> Tensor:
 
     Args:
         moments: Moments of the predictive at the rows.
+        mask: True where a number counts, (B, \*data); None counts all.
 
     Returns:
         (B,), nats.
@@ -158,9 +170,11 @@ def information_gain_bound(moments: Moments) -> Tensor:
     Raises:
         UnsupportedError: If data are classes without an order, whose indicators are not independent.
         NonFiniteError: If a number without noise has a variance due to the weights.
+        ShapeError: If the mask does not fit the moments.
     """
     if moments.likelihood.is_nominal:
         raise UnsupportedError("numbers with a noise of their own", "classes without an order", "Use information_gain.")
     ratio = torch.where(moments.weights == 0, 0.0, moments.weights.double() / moments.noise.double())
+    ratio = observed_only(ratio, mask)
     check_finite({"weights / noise": ratio}, "variance ratios", "A number without noise settles its weights at once.")
     return 0.5 * torch.log1p(ratio).reshape(len(ratio), -1).sum(1)

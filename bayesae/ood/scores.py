@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayesae.draws import Moments, fitted_rows
 from bayesae.errors import UnsupportedError
-from bayesae.ood.contributions import contributions
+from bayesae.ood.contributions import contributions, observed_only
 
 __all__ = [
     "negative_log_density",
@@ -58,12 +58,13 @@ def weight_variance(moments: Moments) -> Tensor:
     return _summed(moments.weights)
 
 
-def reconstruction_error(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
+def reconstruction_error(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Tensor:
     r"""Squared error of the predictive mean, :math:`\sum_o (x_o - \mathbb{E}[x_o])^2`: the baseline.
 
     Args:
         moments: Moments of the predictive at x.
         x: (B, \*data).
+        mask: As for `negative_log_density`.
 
     Returns:
         (B,), units of x squared.
@@ -72,12 +73,13 @@ def reconstruction_error(moments: Moments, x: Tensor | np.ndarray) -> Tensor:
         that are known.
 
     Raises:
-        ShapeError: If x is not the rows of the moments.
+        ShapeError: If x or mask do not fit the moments.
         UnsupportedError: If x are classes without an order, which have no difference.
     """
     if moments.likelihood.is_nominal:
         raise UnsupportedError("numbers to subtract", "classes without an order", "Use negative_log_density.")
-    return _summed((fitted_rows(x, moments.mean.shape, moments.mean) - moments.mean) ** 2)
+    square = (fitted_rows(x, moments.mean.shape, moments.mean) - moments.mean) ** 2
+    return _summed(observed_only(square, mask))
 
 
 def _summed(parts: Tensor) -> Tensor:

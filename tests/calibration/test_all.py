@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import calibration
-from tests.calibration.worlds import moments_of, normal
+from tests.calibration.worlds import moments_of, normal, part_of
 
 ALL = [
     calibration.VarianceScaling(),
@@ -56,7 +56,7 @@ class TestRecalibration:
             method.fit(*((lambda m, rows: (m, rows))(moments_of(moments.mean[:0], moments.noise[:0]), x[:0])))
         with pytest.raises(bae.errors.DataError, match="positive predictive variances"):
             method.fit(moments_of(moments.mean, 0 * moments.noise), x)
-        with pytest.raises(bae.errors.NonFiniteError, match="missing data"):
+        with pytest.raises(bae.errors.NonFiniteError, match="mask of what is missing"):
             method.fit(moments, x * torch.nan)
         with pytest.raises(bae.errors.ShapeError, match="x of shape"):
             method.fit(moments, x[:5])
@@ -70,3 +70,32 @@ class TestRecalibration:
         mean = torch.full((5, 2), 0.5)
         with pytest.raises(bae.errors.UnsupportedError, match="variance of their own"):
             method.fit(moments_of(mean, 0.25 * torch.ones(5, 2), likelihood=head), torch.ones(5, 2))
+
+    def test_a_mask_of_everything_changes_nothing(self, method):
+        moments, x = normal(30)
+        fitted, masked = method.fit(moments, x), method.fit(moments, x, torch.ones(30, 2, 3, dtype=torch.bool))
+        assert torch.equal(fitted.quantile(moments, 0.8), masked.quantile(moments, 0.8))
+        assert torch.equal(fitted(moments).total, masked(moments).total)
+
+    def test_what_is_missing_decides_nothing(self, method):
+        moments, x = normal(60)
+        mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(4)) < 0.7
+        fitted = method.fit(moments, torch.where(mask, x, torch.nan), mask)
+        other = method.fit(moments, torch.where(mask, x, 1e3), mask.flatten(1).numpy())
+        assert torch.equal(fitted.quantile(moments, 0.8), other.quantile(moments, 0.8))
+        assert not torch.equal(fitted.quantile(moments, 0.8), method.fit(moments, x).quantile(moments, 0.8))
+
+    def test_rows_of_which_nothing_was_observed_are_no_rows(self, method):
+        moments, x = normal(40)
+        mask = torch.arange(40)[:, None, None].expand(40, 2, 3) < 30
+        fitted, fewer = method.fit(moments, x, mask), method.fit(part_of(moments, slice(30)), x[:30])
+        assert_close(fitted.quantile(moments, 0.8), fewer.quantile(moments, 0.8), rtol=1e-9, atol=1e-12)
+
+    def test_masks_that_are_refused(self, method):
+        moments, x = normal(20)
+        with pytest.raises(bae.errors.DataError, match="nothing was observed"):
+            method.fit(moments, x, torch.zeros(20, 2, 3, dtype=torch.bool))
+        with pytest.raises(bae.errors.ShapeError, match="dtype bool"):
+            method.fit(moments, x, torch.ones(20, 2, 3))
+        with pytest.raises(bae.errors.ShapeError, match="a mask of shape"):
+            method.fit(moments, x, torch.ones(19, 2, 3, dtype=torch.bool))

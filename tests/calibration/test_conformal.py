@@ -104,3 +104,61 @@ def test_positions_need_their_pixels():
     moments, x = normal(30)
     with pytest.raises(bae.errors.ShapeError, match=r"rows of shape \(2, 3\)"):
         SplitConformal("position").fit(moments, x)(moments_of(moments.mean[:, 0], moments.noise[:, 0]))
+
+
+def half_seen(x, generator):
+    """More is missing in images whose pixels are large: what is missing says something of the image."""
+    return torch.rand(x.shape, generator=generator) < 1 / (1 + 0.3 * x.abs().mean(1, keepdim=True))
+
+
+@pytest.mark.slow
+def test_coverage_of_what_was_observed():
+    generator, spread = torch.Generator().manual_seed(6), 4 * 0.5 / math.sqrt(N_TRIALS)
+    inside = {unit: [] for unit in ("pixel", "position", "image")}
+    for _ in range(N_TRIALS):
+        x = images(N + 1, 0.5, generator)
+        mask = half_seen(x, generator)
+        mask[:, 0] = True
+        for unit, found in inside.items():
+            low, high = SplitConformal(unit).fit(one_like(x[:N]), x[:N], mask[:N]).interval(one_like(x[N:]), 0.5)
+            found.append(((x[N:] >= low) & (x[N:] <= high))[0][mask[N]].double())
+    rank = math.ceil((N + 1) * 0.5) / (N + 1)
+    whole = torch.stack([one.amin() for one in inside["image"]])
+    assert abs(float(whole.mean()) - rank) < spread
+    first = torch.stack([one[0] for one in inside["position"]])  # pixel 0 is always observed
+    assert abs(float(first.mean()) - rank) < spread
+    pixel = torch.stack([one.mean() for one in inside["pixel"]])
+    assert float(pixel.mean()) > 0.5 - 4 * float(pixel.std()) / math.sqrt(N_TRIALS)
+
+
+def test_masked_pixels_share_their_image():
+    """The weighted quantile of its definition, each image's mass over the pixels that were observed."""
+    generator = torch.Generator().manual_seed(7)
+    x = images(N, 0.5, generator)
+    mask = half_seen(x, generator)
+    mask[0] = False
+    n_images = int(mask.any(1).sum())
+    fitted = SplitConformal().fit(one_like(x), x, mask)
+    for level in (0.1, 0.5, 0.8):
+        share = [sum(float((r[m].abs() <= s).double().mean()) for r, m in zip(x, mask, strict=True) if m.any())
+                 for s in x[mask].abs().tolist()]  # fmt: skip
+        inside = [s for s, n in zip(x[mask].abs().tolist(), share, strict=True) if n / (n_images + 1) >= level - 1e-9]
+        assert float(fitted.interval(one_like(x), level)[1][0, 0]) == pytest.approx(min(inside))
+
+
+def test_positions_count_the_images_in_which_they_were_observed():
+    x = torch.arange(1.0, N + 1, **F64)[:, None].expand(N, 2)
+    mask = torch.ones(N, 2, dtype=torch.bool)
+    mask[::2, 1] = False  # of the second position 2, 4, 6 and 8 are left
+    ends = SplitConformal("position").fit(one_like(x), x, mask).interval(one_like(x), 0.5)[1][0]
+    assert ends.tolist() == [5.0, 6.0]
+    with pytest.raises(bae.errors.DataError, match="9 calibration images for a level of 0.9; got 4"):
+        SplitConformal("position").fit(one_like(x), x, mask).interval(one_like(x), 0.9)
+
+
+def test_scores_that_no_fit_gives_are_refused():
+    rising = torch.tensor([1.0, 2.0], **F64)
+    with pytest.raises(bae.errors.DataError, match="scores that rise"):
+        bae.calibration.ConformalQuantiles(rising.flip(0), rising)
+    with pytest.raises(bae.errors.ShapeError, match="one shape"):
+        bae.calibration.ConformalQuantiles(rising, rising[:1])

@@ -59,6 +59,26 @@ class TestVarianceScaling:
         with pytest.raises(bae.errors.ShapeError, match=r"rows of shape \(2, 3\)"):
             fitted(moments_of(moments.mean[:, :1], moments.noise[:, :1]))
 
+    def test_counts_what_was_observed(self):
+        moments, x = normal(50)
+        mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+        mask[:, 1, 2] = False
+        squares = ((x - moments.mean) ** 2 / moments.total)[mask]
+        shared = VarianceScaling().fit(moments, x, mask).noise
+        assert_close(shared, squares.mean())
+        by_pixel = VarianceScaling("pixel", 7.0).fit(moments, x, mask).noise
+        own = ((x - moments.mean) ** 2 / moments.total)[:, 0, 1][mask[:, 0, 1]]
+        assert_close(by_pixel[0, 1], (7 * shared + own.sum()) / (7 + len(own)))
+        assert_close(by_pixel[1, 2], shared)
+        with pytest.raises(bae.errors.DataError, match="1 pixels without any"):
+            VarianceScaling("pixel", 0).fit(moments, x, mask)
+
+    def test_factors_that_are_none_are_refused(self):
+        one = torch.ones((), **F64)
+        for bad in (-one, one * torch.nan, one * torch.inf):
+            with pytest.raises(bae.errors.DataError, match="code factors of 0 or more"):
+                Rescaled(one, bad, one)
+
 
 class TestTemperature:
     def test_finds_factor_and_temperature(self):
@@ -116,3 +136,25 @@ class TestTemperature:
         found = bae.Predictive(model, tempered).moments(x)
         assert moments.weights.min() > 0 and float(fitted.weights) != 1
         assert_close(fitted(moments).weights, found.weights)
+
+    def test_a_search_that_stops_short_is_said(self, monkeypatch):
+        import scipy.optimize
+
+        search, moments_and_x = scipy.optimize.minimize, normal(100, factors=(0.5, 1, 3))
+
+        def stopped(*args, options, **kwargs):
+            return search(*args, options=options | {"maxiter": 1}, **kwargs)
+
+        monkeypatch.setattr(scipy.optimize, "minimize", stopped)
+        with pytest.warns(RuntimeWarning, match="has not converged: the likelihood still rises by"):
+            Temperature().fit(*moments_and_x)
+
+    def test_masked_rows_are_those_without_what_is_missing(self):
+        moments, x = normal(100, factors=(0.5, 1, 3))
+        mask = torch.ones(x.shape, dtype=torch.bool)
+        mask[:, 0] = False
+        kept = moments_of(*(getattr(moments, name)[:, 1] for name in ("mean", "noise", "code", "weights")))
+        fitted = Temperature().fit(moments, torch.where(mask, x, torch.nan), mask)
+        alone = Temperature().fit(kept, x[:, 1])
+        assert_close(fitted.noise, alone.noise, rtol=1e-6, atol=0)
+        assert_close(fitted.weights, alone.weights, rtol=1e-6, atol=0)

@@ -15,10 +15,9 @@ from tests.ood.test_scores import F64, draws
 
 def test_equal_draws_say_nothing_of_the_weights():
     d = draws([[-3.0, -700.0]] * 4)
+    special = {"typicality": [0.0, 697.0], "largest_weight": [0.25, 0.25]}
     for name, score in ood.all_scores(d, torch.tensor([3.0], **F64)).items():
-        expected = {"typicality": [0.0, 697.0]}.get(
-            name, [3.0, 700.0] if "negative" in name or name == "waic" else [0, 0]
-        )
+        expected = special.get(name, [3.0, 700.0] if "negative" in name or name == "waic" else [0, 0])
         assert_close(score, torch.tensor(expected, **F64), rtol=0, atol=1e-12, check_dtype=False, msg=name)
 
 
@@ -66,13 +65,14 @@ def test_the_published_orientations():
     assert_close(ood.disagreement(d), math.log(8) - (1 / (w**2).sum(0)).log())
 
 
-def test_order_one_is_below_order_two_and_both_below_log_s():
+def test_orders_one_two_and_infinity_rise_to_log_s():
     torch.manual_seed(2)
     d = draws(torch.randn(8, 200, **F64) * 5)
-    entropy, disagreement = ood.weight_entropy(d), ood.disagreement(d)
+    entropy, disagreement, last = ood.weight_entropy(d), ood.disagreement(d), (8 * ood.largest_weight(d)).log()
     assert float((entropy - disagreement).max()) < 1e-12
     assert float(entropy.min()) > 0
-    assert float(disagreement.max()) < math.log(8) + 1e-12
+    assert float((disagreement - last).max()) < 1e-12
+    assert float(last.max()) < math.log(8) + 1e-12
 
 
 def test_one_draw_that_is_impossible_is_no_nan():
@@ -85,6 +85,9 @@ def test_saturation_is_counted_and_a_temperature_undoes_it():
     d = draws([[-500.0, -3.0], [-700.0, -3.1]])
     assert ood.share_saturated(d) == 0.5
     assert ood.share_saturated(d, temperature=784) == 0
+    shares = ood.all_scores(d)["largest_weight"]
+    assert shares[0] == 1 and float(shares[1]) == pytest.approx(1 / (1 + math.exp(-0.1)))
+    assert float((shares >= 0.99).double().mean()) == 0.5
     with pytest.raises(bae.errors.DataError, match="a positive temperature"):
         ood.share_saturated(d, temperature=0)
 
@@ -96,27 +99,31 @@ def test_jensen():
 
 
 class TestTypicality:
-    def test_of_batches_is_the_distance_of_means(self):
+    def test_is_the_distance_from_the_familiar_mean(self):
         scores, familiar = torch.tensor([1.0, 3.0, 10.0, 12.0]), torch.tensor([2.0, 4.0])
         assert_close(ood.typicality(scores, familiar), torch.tensor([2.0, 0.0, 7.0, 9.0]))
-        assert_close(ood.typicality(scores, familiar, batch_size=2), torch.tensor([1.0, 8.0]))
+
+    def test_is_the_statistic_of_batches_of_one(self):
+        scores, familiar = torch.randn(6, **F64), torch.randn(50, **F64)
+        alone = ood.batch_typicality(familiar, scores[:, None], n_resamples=1).statistics
+        assert_close(ood.typicality(scores, familiar), alone, rtol=1e-12, atol=1e-12)
 
     @pytest.mark.parametrize(
-        ("scores", "familiar", "size", "match"),
+        ("scores", "familiar", "match"),
         [
-            (torch.ones(4), torch.ones(0), 1, "whole batches"),
-            (torch.ones(5), torch.ones(3), 2, "whole batches"),
-            (torch.ones(4, 1), torch.ones(3), 2, "One score a row"),
-            (torch.tensor([1.0, math.nan]), torch.ones(3), 1, "finite scores"),
+            (torch.ones(4), torch.ones(0), "familiar scores; got none"),
+            (torch.ones(4, 1), torch.ones(3), "One score a row"),
+            (torch.tensor([1.0, math.nan]), torch.ones(3), "finite scores"),
         ],
     )
-    def test_bad_input(self, scores, familiar, size, match):
+    def test_bad_input(self, scores, familiar, match):
         with pytest.raises(bae.errors.BayesAEError, match=match):
-            ood.typicality(scores, familiar, batch_size=size)
+            ood.typicality(scores, familiar)
 
 
 @pytest.mark.parametrize(
-    "score", [ood.disagreement, ood.weight_entropy, ood.log_density_deviation, ood.share_saturated]
+    "score",
+    [ood.disagreement, ood.weight_entropy, ood.log_density_deviation, ood.largest_weight, ood.share_saturated],
 )
 def test_one_network_cannot_disagree_with_itself(score):
     with pytest.raises(bae.errors.UnsupportedError, match="two weight draws"):

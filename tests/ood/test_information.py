@@ -195,3 +195,39 @@ def test_errors():
         bae.ood.information_gain_bound(bae.Moments(one, 0 * one, 0 * one, one, likelihood))
     with pytest.raises(bae.errors.UnsupportedError, match="classes without an order"):
         bae.ood.information_gain_bound(bae.Moments(one, one, one, one, bae.likelihoods.Categorical(4)))
+
+
+@pytest.mark.parametrize(("likelihood", "shape"), LIKELIHOODS, ids=lambda v: type(v).__name__)
+def test_a_mask_leaves_only_what_was_observed(likelihood, shape):
+    """Against outputs of the observed numbers alone, row by row."""
+    outputs = normal(2, 4, 3, *shape)
+    data_shape = likelihood.data_shape(torch.Size(shape))
+    mask = torch.rand(3, *data_shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[0], mask[1] = True, False
+    found = bae.ood.information_gain(draws_of(outputs, likelihood), mask)
+    whole = bae.ood.information_gain(draws_of(outputs, likelihood))
+    assert found[0] == whole[0] and found[1] == 0 and 0 < found[2] < whole[2]
+    row, counts = outputs[:, :, 2], likelihood.output_mask(mask)[2]
+    alone = row[..., counts].reshape(2, 4, 1, -1, *(shape[len(data_shape) :]))
+    assert_close(found[2:], bae.ood.information_gain(draws_of(alone, likelihood)), rtol=1e-10, atol=1e-12)
+
+
+def test_a_mask_of_mixed_columns_counts_all_outputs_of_a_column():
+    heads = [bae.likelihoods.Gaussian(0.5), bae.likelihoods.Categorical(3, values=range(3))]
+    outputs = normal(1, 4, 6, 5)
+    draws = draws_of(outputs, bae.likelihoods.Mixed([heads[0], heads[0], heads[1]]))
+    classes = torch.tensor([False, False, True]).expand(6, 3)
+    second = bae.ood.information_gram(draws_of(outputs[..., None, 2:], heads[1]))
+    assert_close(bae.ood.information_gram(draws, classes), second, rtol=1e-9, atol=1e-12)
+
+
+def test_the_bound_counts_what_was_observed():
+    mean, weights = torch.ones(2, 3), torch.tensor([0.5, 1.0, 2.0]).expand(2, 3)
+    moments = bae.Moments(mean, 0.5 * mean, 0 * mean, weights, bae.likelihoods.Gaussian(1.0))
+    mask = torch.tensor([[True, False, True], [False, False, False]])
+    expected = torch.tensor([0.5 * math.log(2 * 5), 0.0], **F64)
+    assert_close(bae.ood.information_gain_bound(moments, mask), expected)
+    with pytest.raises(bae.errors.ShapeError, match="a mask of shape"):
+        bae.ood.information_gain_bound(moments, mask[:1])
+    with pytest.raises(bae.errors.ShapeError, match="dtype bool"):
+        bae.ood.information_gain(draws_of(normal(1, 3, 2, 4), bae.likelihoods.Gaussian(1.0)), torch.ones(2, 4))

@@ -96,3 +96,9 @@ def test_the_readmes_six_lines_on_a_plain_array(rows):
     assert bae.ood.negative_log_density(moments, data).shape == (9,)
     assert bae.ood.reconstruction_error(moments, data).shape == (9,)
     assert moments.log_prob(data).shape == (9, 7)
+
+
+def test_missing_entries_count_nothing_in_the_error():
+    x = torch.tensor([[0.0, math.nan], [1.0, 3.0]], **F64)
+    m = moments([[0.5, 1.0], [0.0, 1.0]], torch.zeros(2, 2))
+    assert_close(bae.ood.reconstruction_error(m, x, ~x.isnan()), torch.tensor([0.25, 5.0], **F64))

@@ -31,7 +31,7 @@ def test_every_score_is_that_of_a_call(model, rows, kind, chunk_size):
     kept = predictive(rows, keep_outputs=True, chunk_size=chunk_size, **OPTIONS)
     expected = ood.all_scores(kept)
     found = predictive.reduce(ood.all_scores, rows, chunk_size=chunk_size, **OPTIONS)
-    assert found.keys() == expected.keys() >= {"waic", "information_gain", "code_volume"}
+    assert found.keys() == expected.keys() >= {"waic", "largest_weight", "information_gain", "code_volume"}
     for name, score in found.items():
         assert_close(score, expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
