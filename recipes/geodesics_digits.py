@@ -2,8 +2,8 @@
 
 Data: scikit-learn's digits (8 x 8, grey levels 0 to 1, embedded), 1,000 training images; ``--data mnist fashion-mnist``
 (or ``--full`` for all): 10,000 of these. Images and pairs are the same for all seeds, which train anew. An autoencoder
-with a code of two is trained. Two posteriors over the weights of its decoder: the linearised diagonal Laplace, 16
-draws, and an ensemble. Its codes are held, and five members learn to decode them: each starts from the autoencoder's
+with a code of two is trained. Two posteriors over the weights of its decoder: the linearised diagonal Laplace (16
+draws; of images 6), and an ensemble. Its codes are held, and five members learn to decode them: each starts from the autoencoder's
 decoder and is trained on with a resample of the rows, so that codes mean the same to all.
 
 Curves between random pairs of codes of two different classes: the straight line; the geodesic of one decoder (the
@@ -59,7 +59,7 @@ class Config:
 
 
 FAST = Config(epochs=8, own_epochs=2, n_members=2, n_weight_draws=2, n_pairs=4, n_nodes=30, n_segments=16)
-OF_IMAGES = {"hidden": (256, 64), "epochs": 20, "own_epochs": 10, "n_train": 10_000}
+OF_IMAGES = {"hidden": (256, 64), "epochs": 20, "own_epochs": 10, "n_train": 10_000, "n_weight_draws": 6}
 KNOWN = {"digits": Config()} | {
     name: Config(name, learning_rate=1e-3, batch_size=128, **OF_IMAGES)  # pyright: ignore[reportArgumentType]
     for name in ("mnist", "fashion-mnist")
