@@ -3,8 +3,8 @@
 Data: scikit-learn's digits (8 x 8, grey levels 0 to 1, embedded), 1,000 training images; ``--data mnist fashion-mnist``
 (or ``--full`` for all): 10,000 of these. Images and pairs are the same for all seeds, which train anew. An autoencoder
 with a code of two is trained. Two posteriors over the weights of its decoder: the linearised diagonal Laplace (16
-draws; of images 6), and an ensemble. Its codes are held, and five members learn to decode them: each starts from the autoencoder's
-decoder and is trained on with a resample of the rows, so that codes mean the same to all.
+draws; of images 6), and an ensemble. Its codes are held, and five members learn to decode them: each starts from the
+autoencoder's decoder and is trained on with a resample of the rows, so that codes mean the same to all.
 
 Curves between random pairs of codes of two different classes: the straight line; the geodesic of one decoder (the
 first member: no weight uncertainty); geodesics of the expected metric of all members, and of the Laplace draws; and
