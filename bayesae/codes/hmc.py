@@ -101,7 +101,7 @@ class HMC:
 
     Exact when: in the limit of many steps, for log-densities that are differentiable almost everywhere.
     Biased when: chains are short, or never come to another mode: R-hat of chains from one start does not tell.
-    Cost: on average n_leapfrog / 2 gradients of log p(x, z) a step and chain, all chains in one call.
+    Cost: on average (n_leapfrog + 1) / 2 gradients of log p(x, z) a step and chain, all chains in one call.
 
     Raises:
         DataError: If a count is none, or a number out of its range.
@@ -207,6 +207,10 @@ class HMC:
 
         Returns:
             The chains.
+
+        Raises:
+            DataError: If a count is none.
+            NonFiniteError: As `init`.
         """
         check_counts(n_burn_in=n_burn_in + 1, n_steps=n_steps)
         with torch.no_grad(), random.scope(seed, batch.x.device):

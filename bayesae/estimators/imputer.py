@@ -19,17 +19,26 @@ from bayesae.errors import DataError, UnsupportedError
 from bayesae.estimators.base import FLOOR, Table
 from bayesae.estimators.checks import check_training
 from bayesae.imputation import Imputations, Method, impute
-from bayesae.likelihoods import StudentT
+from bayesae.likelihoods import Mixed, StudentT
 from bayesae.models import Autoencoder
 from bayesae.predictive import Predictive
 from bayesae.training import fit_model, fit_weights
 from bayesae.types import Batch, Likelihood
-from bayesae.weights import MAP, WeightInference
+from bayesae.weights import HMC, MALA, MAP, Laplace, WeightInference
 
 __all__ = ["BayesianImputer"]
 
 _TRAINING_DRAWS = 10  # K of the bound
+_OF_PLAIN_CODES = (Laplace, HMC, MALA)
 _WIDTH, _MOST_LATENTS = 128, 32
+
+
+def _n_outputs(likelihood: Likelihood, n_columns: int) -> int | tuple[int, int]:
+    """What the decoder gives a row: a number for every parameter of a column's law."""
+    if isinstance(likelihood, Mixed):
+        return likelihood.n_outputs
+    n = getattr(likelihood, "n_parameters", 1)
+    return n_columns if n == 1 else (n_columns, n)
 
 
 class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
@@ -42,12 +51,18 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
     .. math:: \max_\theta \sum_i \log \tfrac1K \sum_k \frac{p(x_{i,o} \mid z_{ik})\, p(z_{ik})}{q(z_{ik} \mid x_{i,o})},
               \qquad x_m \sim \iint p(x_m \mid z, \theta)\, p(z \mid x_o, \theta)\, q(\theta)\, dz\, d\theta
 
+    Columns of counts, of zeros and ones or of numbered classes are what ``likelihood`` says, with
+    ``standardise=False``; `likelihoods.Mixed` has one for every column. A column without any observed entry is refused
+    and not dropped. What was missing as columns of its own, ``add_indicator`` elsewhere, is scikit-learn's
+    ``MissingIndicator`` in a union.
+
     Args:
         latent_dim: Size of the code. None: as many as columns, 32 at most; dimensions that explain nothing fall back to
             the prior, and cost time alone.
         hidden: Widths of the encoder's hidden layers (rectifiers); the decoder's are these reversed. None: one of 128.
         likelihood: Of scaled columns. None: ``StudentT(per_output=True, floor=0.01)``.
-        weights: Method of the weight posterior. None: the weights as they were trained (`weights.MAP`).
+        weights: Method of the weight posterior, one that takes codes that are drawn: `weights.Ensemble`, `MeanField`,
+            `OnlineLaplace`, say. None: the weights as they were trained (`weights.MAP`).
         standardise: Whether columns are centred and divided by their standard deviation first. False for a likelihood
             of counts or of zeros and ones.
         epochs: Passes over the rows, at most.
@@ -131,11 +146,14 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
 
         Raises:
             DataError: If an argument is out of its range, or a column has no observed entry.
-            UnsupportedError: If ``likelihood``, ``weights`` or ``method`` is none.
+            UnsupportedError: If ``likelihood``, ``weights`` or ``method`` is none, or ``weights`` wants a plain code.
         """
         table = self._validated(X, ensure_min_samples=2)
         check_training(self)
         check_counts(n_draws=self.n_draws)
+        if isinstance(self.weights, _OF_PLAIN_CODES):
+            fix = "Use bae.weights.Ensemble(5), MeanField() or OnlineLaplace()."
+            raise UnsupportedError("a method of the weights that takes drawn codes", type(self.weights).__name__, fix)
         if self.method is not None and (isinstance(self.method, type) or not isinstance(self.method, Method)):
             fix = "Give an object, method=bae.imputation.CodeHMC() say."
             raise UnsupportedError("a method of imputation, or None", repr(self.method)[:80], fix)
@@ -154,7 +172,8 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
         options: dict[str, Any] = {"batch_size": size, "codes": amortised, "progress": False}
         with random.scope(seed):
             encoder = nets.mlp(table.shape[1], hidden, (n_latents, 2), activation=nn.ReLU).double()
-            decoder = nets.mlp(n_latents, hidden[::-1], table.shape[1], activation=nn.ReLU).double()
+            n_outputs = _n_outputs(likelihood, table.shape[1])
+            decoder = nets.mlp(n_latents, hidden[::-1], n_outputs, activation=nn.ReLU).double()
             self.model_ = Autoencoder(encoder, decoder, copy.deepcopy(likelihood))
             self.history_ = fit_model(
                 self.model_,
@@ -189,7 +208,7 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
             UnsupportedError: If data are classes without an order.
         """
         table = self._checked(X)
-        imputed = self._imputations(table)
+        imputed = self._imputations(table, keep_draws=False)
         if imputed is None:
             return table.copy()
         if imputed.moments.likelihood.is_nominal:
@@ -204,7 +223,8 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
             n_draws: M; None takes that of the estimator.
 
         Returns:
-            (M, N, D), in the dtype and units of X. Analyse each and pool the results: `imputation.pool`.
+            (M, N, D), in the dtype and units of X. Analyse each and pool the results by `imputation.pool`; draws of an
+            ensemble stand network after network: ``n_nests=imputer.posterior_.n_atoms``, if that divides M.
         """
         table = self._checked(X)
         n = self.n_draws if n_draws is None else n_draws
@@ -236,14 +256,17 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
         low, high = imputed.interval(level)
         return self._filled(table, low), self._filled(table, high)
 
-    def _imputations(self, table: np.ndarray, n_draws: int | None = None) -> Imputations | None:
+    def _imputations(
+        self, table: np.ndarray, n_draws: int | None = None, *, keep_draws: bool = True
+    ) -> Imputations | None:
         """Of the rows with something missing; None if there are none."""
         rows = table[np.isnan(table).any(1)]
         if not len(rows):
             return None
         predictive = Predictive(self.model_, self.posterior_, amortised)
         n = self.n_draws if n_draws is None else n_draws
-        return impute(predictive, self._scaled(rows), method=self.method, n_draws=n, seed=self._seed)
+        options = {"method": self.method, "n_draws": n, "seed": self._seed, "keep_draws": keep_draws}
+        return impute(predictive, self._scaled(rows), **options)
 
     def _filled(self, table: np.ndarray, rows: torch.Tensor) -> np.ndarray:
         """A table with the entries of scaled rows where its own are missing."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayesae import random
 from bayesae.codes import CodePosterior, DiagonalLaw, Law, law_of
+from bayesae.codes.hmc import leapfrog
 from bayesae.codes.laws import without_gradient
 from bayesae.data import Data, check_counts
 from bayesae.draws import Draws
@@ -183,11 +184,15 @@ class Annealing:
         at, value, slope = state
         first, jitter, level = noise[..., :-2], noise[..., -2:-1], torch.special.ndtr(noise[..., -1])
         step = step[..., None] * torch.exp(_JITTER * jitter)
-        momentum = first + 0.5 * step * (beta * slope - at)
-        moved, moved_value, moved_slope = state
-        for left in reversed(range(self.n_leapfrog)):
-            moved, moved_value, moved_slope = slopes(moved + step * momentum)
-            momentum = momentum + (step if left else 0.5 * step) * (beta * moved_slope - moved)
+        last = state
+
+        def annealed(position: Tensor) -> tuple[Tensor, Tensor]:
+            nonlocal last
+            last = slopes(position)
+            return beta * last[1] - 0.5 * (position**2).sum(-1), beta * last[2] - position
+
+        _, momentum, *_ = leapfrog(annealed, at, first, beta * slope - at, step, self.n_leapfrog)
+        moved, moved_value, moved_slope = last
         kinetic, potential = (momentum**2 - first**2).sum(-1), (moved**2 - at**2).sum(-1)
         log_ratio = beta * (moved_value - value) - 0.5 * (kinetic + potential)
         accepted = log_ratio.clamp(max=0).exp().nan_to_num(0.0)  # a trajectory that left the finite numbers is refused

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesae.errors import FileError, NotFittedError, UnsupportedError
 from bayesae.files import predictives
+from bayesae.files.codes import check_method, method_of, method_tree
 from bayesae.files.networks import DAMAGED, expect
 from bayesae.files.predictives import likelihood_of, likelihood_tree
 from bayesae.predictive import Predictive
@@ -18,8 +19,15 @@ from bayesae.training import History
 
 __all__ = ["check_tree", "estimator_of", "is_estimator", "tree_of"]
 
-_NAMES = ("BayesianAutoencoder", "BayesianOutlierDetector")
-_PARTS = {"type": (str,), "arguments": (dict,), "attributes": (dict,), "history": (dict,), "predictive": (dict,)}
+_NAMES = ("BayesianAutoencoder", "BayesianOutlierDetector", "BayesianImputer")
+_PARTS = {
+    "type": (str,),
+    "arguments": (dict,),
+    "attributes": (dict,),
+    "output": (str, type(None)),
+    "history": (dict,),
+    "predictive": (dict,),
+}
 _HISTORY = {
     "train": (list,),
     "validation": (list,),
@@ -37,10 +45,11 @@ _OF_DETECTORS = {
     "threshold_": float,
 }
 _FITTED = {"model_", "posterior_", "history_"}
+_CONTAINERS = ("default", "pandas", "polars")  # of what scikit-learn's set_output asks for
 
 
 def is_estimator(value: object) -> bool:
-    """Whether a value is one of the two estimators; does not import scikit-learn to find out."""
+    """Whether a value is one of the estimators; does not import scikit-learn to find out."""
     if not type(value).__module__.startswith("bayesae.estimators."):
         return False
     return type(value).__name__ in _NAMES
@@ -68,9 +77,11 @@ def tree_of(estimator: Any) -> dict[str, Any]:  # noqa: ANN401 - as in save
         raise UnsupportedError("an int or None", f"{type(seed).__name__} at 'arguments/random_state'", fix)
     if arguments["likelihood"] is not None:
         arguments["likelihood"] = likelihood_tree(arguments["likelihood"])
+    if arguments.get("method") is not None:
+        arguments["method"] = method_tree(arguments["method"])
     arguments = {key: _python(value) for key, value in arguments.items()}
     kept = {key: value for key, value in values.items() if key not in _FITTED}
-    names = kept.pop("feature_names_in_", None)
+    names, output = kept.pop("feature_names_in_", None), kept.pop("_sklearn_output_config", {})
     if unknown := kept.keys() ^ _attributes(name).keys():
         raise UnsupportedError("attributes that fit leaves", f"{sorted(unknown)}", "Delete those of your own.")
     attributes = {key: _plain(value) for key, value in kept.items()}
@@ -79,6 +90,7 @@ def tree_of(estimator: Any) -> dict[str, Any]:  # noqa: ANN401 - as in save
         "type": name,
         "arguments": arguments,
         "attributes": attributes | {"feature_names_in_": None if names is None else [str(one) for one in names]},
+        "output": output.get("transform"),
         "history": {field.name: getattr(history, field.name) for field in fields(history)},
         "predictive": predictives.tree_of(Predictive(estimator.model_, estimator.posterior_)),
     }
@@ -110,6 +122,9 @@ def check_tree(tree: Any) -> None:  # noqa: ANN401 - from a file
             raise FileError(f"{key} of {n_columns} columns", f"{values.dtype} {tuple(values.shape)}", DAMAGED)
     if (likelihood := tree["arguments"].get("likelihood")) is not None:
         likelihood_of(likelihood)
+    check_method(tree["arguments"].get("method"))
+    if tree["output"] not in (None, *_CONTAINERS):
+        raise FileError(f"a container of transform among {list(_CONTAINERS)}", repr(tree["output"])[:80], DAMAGED)
     predictives.check_tree(tree["predictive"])
 
 
@@ -120,6 +135,8 @@ def estimator_of(tree: dict[str, Any]) -> Any:  # noqa: ANN401 - as in save
     arguments = dict(tree["arguments"])
     if arguments["likelihood"] is not None:
         arguments["likelihood"] = likelihood_of(arguments["likelihood"])
+    if arguments.get("method") is not None:
+        arguments["method"] = method_of(arguments["method"], torch.float64)
     estimator = getattr(estimators, tree["type"])(**arguments)
     no_module = {"encoder": None, "decoder": None}
     predictive = predictives.predictive_of(tree["predictive"], no_module, torch.device("cpu"), None)
@@ -127,6 +144,8 @@ def estimator_of(tree: dict[str, Any]) -> Any:  # noqa: ANN401 - as in save
     names = attributes.pop("feature_names_in_")
     if names is not None:
         attributes["feature_names_in_"] = np.array(names, dtype=object)
+    if tree["output"] is not None:
+        estimator.set_output(transform=tree["output"])
     vars(estimator).update(
         attributes, model_=predictive.model, posterior_=predictive.weights, history_=History(**tree["history"])
     )

@@ -1,7 +1,6 @@
 """Missing entries as draws: methods over codes and weights, intervals, parts of the variance, pooled estimates."""
 
 from bayesae.imputation.base import Found, Method, Problem
-from bayesae.imputation.chain import Completions, impute_by_chain
 from bayesae.imputation.door import impute
 from bayesae.imputation.iterated import FixedPoint, MetropolisGibbs, PseudoGibbs
 from bayesae.imputation.latent import CodeHMC, CodeLaplace, ImportanceResampling
@@ -11,7 +10,6 @@ from bayesae.imputation.record import Imputations
 __all__ = [
     "CodeHMC",
     "CodeLaplace",
-    "Completions",
     "FixedPoint",
     "Found",
     "ImportanceResampling",
@@ -22,6 +20,5 @@ __all__ = [
     "Problem",
     "PseudoGibbs",
     "impute",
-    "impute_by_chain",
     "pool",
 ]

@@ -101,7 +101,7 @@ def split_variance(means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""The law of total variance over codes nested in weight draws, of the means of p(x | z, theta).
 
     .. math:: V_K = \tfrac1S \sum_s \operatorname{Var}_k m_{sk}, \quad V_S = \operatorname{Var}_s \bar m_s, \qquad
-              weights = \max\big(V_S - \tfrac{V_K}{K - 1}, 0\big), \quad code = V_K + V_S - weights
+              weights = \max\big(V_S - \tfrac{S - 1}{S} \tfrac{V_K}{K - 1}, 0\big), \quad code = V_K + V_S - weights
 
     with divisors K and S. The mean of K codes varies by a share of the code's variance, which is taken off; the sum is
     the variance of all K S means whatever is.
@@ -112,14 +112,16 @@ def split_variance(means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Mean, variance due to codes and variance due to weights, (\*shape) each.
 
-    Exact when: in expectation up to a factor (S - 1) / S of the weights, for codes that are drawn independently.
+    Exact when: in expectation, for codes that are drawn independently and before the maximum: the weights' part is
+        theirs times (S - 1) / S, whatever the codes' part is.
     Biased when: codes of one weight draw are correlated, as those of short chains: towards the weights. With K = 1 all
         of it goes to the weights.
     """
-    n_codes = len(means)
+    n_codes, n_weights = means.shape[:2]
     within = means.var(0, correction=0).mean(0)
     between = means.mean(0).var(0, correction=0)
-    weights = between if n_codes == 1 else (between - within / (n_codes - 1)).clamp(min=0)
+    shared = 0.0 if n_codes == 1 else (n_weights - 1) / n_weights / (n_codes - 1)
+    weights = (between - shared * within).clamp(min=0)
     return means.mean((0, 1)), within + between - weights, weights
 
 

@@ -168,5 +168,7 @@ def diagnose(latents: Tensor, n_codes: int) -> tuple[Tensor, Tensor]:
     Returns:
         (S, B) each; a chain that never moved has one draw and an infinite R-hat.
     """
-    sizes = ess(latents).nan_to_num(1.0).amin(-1).clamp(1, n_codes)
-    return sizes, split_rhat(latents).nan_to_num(torch.inf, posinf=torch.inf).amax(-1)
+    each = latents.unbind(-1)  # one at a time: their spectra take several times the chains' own memory
+    sizes = torch.stack([ess(one).nan_to_num(1.0) for one in each]).amin(0)
+    ratios = torch.stack([split_rhat(one).nan_to_num(torch.inf, posinf=torch.inf) for one in each])
+    return sizes.clamp(1, n_codes), ratios.amax(0)

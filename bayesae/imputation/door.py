@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ def impute(
     n_weight_draws: int | None = None,
     seed: int | None = None,
     chunk_size: int | None = None,
+    keep_draws: bool = True,
 ) -> Imputations:
     r"""Draw the missing entries of rows, under draws of the weights.
 
@@ -67,20 +69,24 @@ def impute(
             nothing else does.
         seed: The same seed gives the same bits; the caller's generators are put back. None advances them.
         chunk_size: Network rows in one call, 32,768 if None; it changes memory, and which random numbers a row gets.
+        keep_draws: Whether the record keeps its draws. False is for many rows of which mean and variance are wanted,
+            the same to the bit: ``draws`` has no draw then.
 
     Returns:
         `Imputations`.
 
     Exact when: as the method says, given the model; in the draws of the weights always.
     Biased when: entries are missing because of what they would have been (not at random): no method here models why.
-    Cost: S times the method's; memory of all M draws of all rows.
+    Cost: S times the method's; memory of all M draws of all rows, twice while they are put together, or without
+        ``keep_draws`` of those of one chunk.
 
     Raises:
         ShapeError: If rows or mask do not fit.
         DataError: If there is no mask and no NaN, nothing is missing, rows lie outside the likelihood's range, or
             numbers of draws do not fit.
         NonFiniteError: If an observed entry is infinite or NaN, or a draw or moment is.
-        UnsupportedError: If the method is none, does not go with the codes, or rows have a target of their own.
+        UnsupportedError: If the method is none, does not go with the codes, the networks are narrower than float32, or
+            rows have a target of their own.
 
     Example:
         >>> import torch, bayesae as bae
@@ -106,13 +112,12 @@ def impute(
     size = _AT_ONCE if chunk_size is None else chunk_size
     n_calls = max(method.n_parallel(n_codes, n_weights), n_draws)
     with random.scope(seed, rows.x.device):
-        blocks = list(predictive._weight_blocks(n_weights, n_codes, size))
-        parts = [_imputed(blocks, batch, method, n_codes) for batch in chunks(rows, n_calls, size)]
+        blocks, parts = list(predictive._weight_blocks(n_weights, n_codes, size)), []
+        for batch in chunks(rows, n_calls, size):
+            part = _imputed(blocks, batch, method, n_codes, predictive.weights.n_atoms)
+            parts.append(part if keep_draws else replace(part, draws=part.draws.new_empty(0, *part.draws.shape[1:])))
     result = concatenated(parts)
-    fix = "Is the noise of the likelihood fitted, with two moments?"
-    named = {name: getattr(result.moments, name) for name in ("mean", "noise", "code", "weights")}
-    check_finite({"draws": result.draws} | named, "imputations", fix)
-    _warn(result, rows_observed(rows), method)
+    _warn(result, rows_observed(rows), method, n_draws)
     return result
 
 
@@ -129,7 +134,7 @@ def incomplete_rows(predictive: Predictive, x: Data, mask: Tensor | np.ndarray |
 
     Raises:
         DataError: If nothing says what is missing, nothing is, or rows lie outside the likelihood's range.
-        UnsupportedError: If rows have a target of their own.
+        UnsupportedError: If rows have a target of their own, or the networks are narrower than float32.
     """
     if mask is None and (isinstance(x, Tensor | np.ndarray) or (isinstance(x, Batch) and x.mask is None)):
         mask = ~torch.isnan(as_tensor(x.x if isinstance(x, Batch) else x))
@@ -139,6 +144,9 @@ def incomplete_rows(predictive: Predictive, x: Data, mask: Tensor | np.ndarray |
     if bool(rows.mask.all()):
         raise DataError("a missing entry", "rows without any", "Mark missing entries by NaN, or by False in mask=.")
     if rows.target is not None:
+        dtype = predictive.model.reference.dtype
+        if torch.finfo(dtype).bits < 32:  # rows of these networks have their unrounded numbers as a target
+            raise UnsupportedError("networks of float32 or float64", f"{dtype}", "Use model.float().")
         raise UnsupportedError("rows that explain themselves", "a target of their own", "Leave it out of the Batch.")
     predictive.model.likelihood.check(rows.x)
     return rows
@@ -167,7 +175,7 @@ def _n_weight_draws(predictive: Predictive, method: Method, n_draws: int, given:
     return n if 2 * n >= most and n > 1 else n_draws
 
 
-def _imputed(blocks: Sequence[Block], rows: Batch, method: Method, n_codes: int) -> Imputations:
+def _imputed(blocks: Sequence[Block], rows: Batch, method: Method, n_codes: int, n_atoms: int | None) -> Imputations:
     """Some rows under all weight draws; those without an observed entry from the prior of the code."""
     observed = rows_observed(rows)
     known, unknown = (_selected(rows, chosen) for chosen in (observed, ~observed))
@@ -177,7 +185,11 @@ def _imputed(blocks: Sequence[Block], rows: Batch, method: Method, n_codes: int)
         prior = _from_prior(Problem(own, params, unknown, first), n_codes) if len(unknown.x) else None
         pieces.append((own.model.likelihood, merged(found, prior, observed)))
         first += n_draws_of(params)
-    return assembled(pieces, rows, method.has_noise, blocks[0][0].weights.n_atoms)
+    result = assembled(pieces, rows, method.has_noise, n_atoms)
+    named = {name: getattr(result.moments, name) for name in ("mean", "noise", "code", "weights")}
+    fix = "Is the noise of the likelihood fitted, with two moments?"
+    check_finite({"draws": result.draws} | named, "imputations", fix)
+    return result
 
 
 def _selected(rows: Batch, chosen: Tensor) -> Batch:
@@ -194,9 +206,9 @@ def _from_prior(problem: Problem, n_codes: int) -> Found:
     return Found(model.decode(latents, rows.context), torch.full_like(like[..., 0], n_codes))
 
 
-def _warn(result: Imputations, observed: Tensor, method: Method) -> None:
+def _warn(result: Imputations, observed: Tensor, method: Method, n: int) -> None:
     """Say what the numbers are worth, where that is little."""
-    name, n = type(method).__name__, len(result.draws)
+    name = type(method).__name__
     if n_empty := int((~observed).sum()):
         text = f"{n_empty} of {len(observed)} rows have no observed entry: they are draws from the prior"
         warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -10,7 +10,7 @@ from bayesae import random
 from bayesae.codes import HMC, CodePosterior, Laplace, encode
 from bayesae.data import check_counts
 from bayesae.draws import Draws
-from bayesae.errors import UnsupportedError
+from bayesae.errors import NonFiniteError, UnsupportedError
 from bayesae.imputation.base import DrawsCodes, Found, Problem, diagnose, joined, picks
 
 __all__ = ["CodeHMC", "CodeLaplace", "ImportanceResampling"]
@@ -37,6 +37,7 @@ class ImportanceResampling(DrawsCodes):
     Raises:
         DataError: If n is no count.
         UnsupportedError: When called, if the proposal has no density.
+        NonFiniteError: When called, if a weight is NaN, or all weights of a row are 0.
 
     References:
         | MIWAE: Deep Generative Modelling and Imputation of Incomplete Data Sets (Mattei, Frellsen, 2019,
@@ -73,6 +74,9 @@ class ImportanceResampling(DrawsCodes):
         draws = _draws(problem, proposal, self.n)
         assert draws.outputs is not None
         shares = draws.log_ratio[:, 0].double().softmax(0)
+        if n_bad := int((~shares.isfinite()).any(0).sum()):
+            fix = "Are rows, or the decoder's weights, far outside the training range?"
+            raise NonFiniteError("importance weights", f"NaN, or nothing above 0, in {n_bad} of its rows", fix)
         chosen = torch.multinomial(shares.mT, n_codes, replacement=True).mT
         rows = torch.arange(chosen.shape[1], device=chosen.device)
         effective = draws.ess()
@@ -138,7 +142,8 @@ class CodeHMC(DrawsCodes):
 
     Exact when: in the limit of many steps.
     Biased when: chains are short, or never come to another mode.
-    Cost: on average ``hmc.n_leapfrog`` / 2 gradients of log p(x_o, z) a step, chain and weight draw.
+    Cost: on average (``hmc.n_leapfrog`` + 1) / 2 gradients of log p(x_o, z) a step, chain and weight draw; memory of
+        all steps' codes of one chunk of rows.
 
     Raises:
         DataError: If a count is none; when called, if there are fewer steps than draws to keep.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
 
@@ -21,7 +23,7 @@ class Pooled:
         estimate: Mean of the estimates, (\*shape), float64.
         var: Its variance, within completed data sets and between them.
         dof: Degrees of freedom of the Student-t that (estimate - truth) / sqrt(var) follows; infinite where completed
-            data sets agree.
+            data sets agree; 0 where all of the variance is due to what is missing and ``complete_dof`` was given.
         missing_share: Share of the variance that is due to what is missing, in [0, 1].
     """
 
@@ -37,7 +39,7 @@ class Pooled:
             level: In (0, 1).
 
         Returns:
-            Lower and upper bounds.
+            Lower and upper bounds; infinite where there are no degrees of freedom.
 
         Raises:
             DataError: If the level is none.
@@ -46,15 +48,19 @@ class Pooled:
 
         check_level(level)
         quantile = 0.5 + 0.5 * level
-        dof = self.dof.numpy()
-        with_tails = stdtrit(dof.clip(max=1e12), quantile)
-        factor = torch.as_tensor(with_tails).where(self.dof.isfinite(), float(ndtri(quantile)))
+        dof = self.dof.cpu().numpy()
+        with_tails = torch.as_tensor(stdtrit(dof.clip(max=1e12), quantile)).to(self.dof)
+        factor = with_tails.where(self.dof.isfinite(), float(ndtri(quantile))).where(self.dof > 0, torch.inf)
         half = factor * self.var.sqrt()
         return self.estimate - half, self.estimate + half
 
 
 def pool(
-    estimates: Tensor, variances: Tensor, *, n_nests: int | None = None, complete_dof: float | None = None
+    estimates: Tensor | np.ndarray,
+    variances: Tensor | np.ndarray,
+    *,
+    n_nests: int | None = None,
+    complete_dof: float | None = None,
 ) -> Pooled:
     r"""Rubin's rules: M estimates of one quantity, each from data completed in another way.
 
@@ -93,7 +99,7 @@ def pool(
         | Small-Sample Degrees of Freedom with Multiple Imputation (Barnard, Rubin, 1999): ``complete_dof``
         | Nested Multiple Imputation of NMES via Partially Incompatible MCMC (Rubin, 2003): ``n_nests``
     """
-    q, u = estimates.detach().double(), variances.detach().double()
+    q, u = (as_tensor(part).detach().double() for part in (estimates, variances))
     n = len(q) if q.dim() else 0
     if q.shape != u.shape or n < 2:
         got = f"{tuple(q.shape)} and {tuple(u.shape)}"

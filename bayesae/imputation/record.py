@@ -22,7 +22,7 @@ class Imputations:
 
     Args:
         draws: Completed rows, (M, N, \*data): S weight draws after one another, each with K = M / S draws of codes and
-            noise. What was observed is as given.
+            noise. What was observed is as given. None of them, (0, N, \*data), of ``impute(keep_draws=False)``.
         mask: True where x was observed, (N, \*data).
         moments: Mean and variance of every entry in three parts, noise, code and weights, averaged over the laws
             p(x | z, theta) of the draws and not over draws of x; observed entries have variance 0. Where data are
@@ -73,14 +73,14 @@ class Imputations:
             (``ess``).
 
         Raises:
-            DataError: If the level is none, or there are too few draws for it.
+            DataError: If the level is none, or there are too few draws for it, or they were not kept.
             UnsupportedError: If data are classes without an order.
         """
         check_level(level)
         if self.moments.likelihood.is_nominal:
             fix = "Read moments.mean, the share of every class."
             raise UnsupportedError("numbers that can be ordered", "classes without an order", fix)
-        n = len(self.draws)
+        n = self._n_kept()
         place = 0.5 * (1 - level) * (n + 1)
         if place < 1 - 1e-9:
             least = math.ceil(2 / (1 - level) - 1 - 1e-9)
@@ -96,15 +96,26 @@ class Imputations:
         r"""One estimate from an analysis of every completed data set.
 
         Args:
-            analysis: Completed rows (N, \*data) to an estimate (\*shape) and its variance, as of complete data.
+            analysis: Completed rows (N, \*data) to an estimate (\*shape) and its variance, as of complete data:
+                tensors, arrays or numbers.
             complete_dof: As of `pool`.
 
         Returns:
             By Rubin's rules, nested in the weight draws; see `pool`.
 
+        Raises:
+            DataError: If draws were not kept. Others as of `pool`.
+
         Example:
             ``imputations.pool(lambda x: (x.mean(0), x.var(0) / len(x)))`` are the means of columns.
         """
-        results = [analysis(one) for one in self.draws]
+        self._n_kept()
+        results = [[torch.as_tensor(part) for part in analysis(one)] for one in self.draws]
         estimates, variances = (torch.stack(part) for part in zip(*results, strict=True))
         return pool(estimates, variances, n_nests=self.n_weight_draws, complete_dof=complete_dof)
+
+    def _n_kept(self) -> int:
+        """How many draws there are; raises if they were not kept."""
+        if len(self.draws) == 0:
+            raise DataError("draws that were kept", "a record of mean and variance", "Use impute(keep_draws=True).")
+        return len(self.draws)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -88,6 +89,102 @@ def test_goes_into_a_pipeline_and_keeps_dtypes_and_names(table):
     assert imputer.get_feature_names_out(list("abcde")).tolist() == list("abcde")
 
 
+def test_frames_and_their_missing_values(table, imputer):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(table, columns=list("abcde"))
+    nullable = frame.convert_dtypes()  # Float64 with pandas.NA
+    assert nullable.isna().to_numpy().any() and nullable.dtypes["a"] == "Float64"
+    named = bae.BayesianImputer(epochs=1, n_draws=4, random_state=0).fit(frame).set_output(transform="pandas")
+    filled = named.transform(nullable)
+    assert list(filled.columns) == list("abcde") and (filled.index == frame.index).all()
+    np.testing.assert_array_equal(filled.to_numpy(), named.transform(frame).to_numpy())
+    with pytest.raises(ValueError, match="feature names"):
+        named.transform(frame.rename(columns={"a": "z"}))
+
+
+def test_what_was_missing_can_stand_beside(table):
+    """What other imputers call add_indicator."""
+    from sklearn.impute import MissingIndicator
+    from sklearn.pipeline import make_union
+
+    imputer = bae.BayesianImputer(epochs=1, n_draws=4, random_state=0)
+    found = make_union(imputer, MissingIndicator(features="all")).fit_transform(table)
+    np.testing.assert_array_equal(found[:, D:].astype(bool), np.isnan(table))
+    np.testing.assert_array_equal(found[:, :D], imputer.fit_transform(table))
+
+
+def test_whole_numbers_and_a_seed(table):
+    counts = np.random.RandomState(0).poisson(3, (40, 3))
+    options = {"epochs": 1, "n_draws": 4, "likelihood": bae.likelihoods.Poisson(), "standardise": False}
+    holed = np.where(np.random.RandomState(1).rand(40, 3) < 0.2, np.nan, counts)
+    holed[:, 0] = counts[:, 0]
+    one, again = (bae.BayesianImputer(**options, random_state=3).fit(holed).sample(holed) for _ in range(2))
+    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(one, one.round())
+    assert not np.array_equal(one[0], one[1])
+    filled = bae.BayesianImputer(**options, random_state=3).fit(counts).transform(counts)  # nothing to do
+    np.testing.assert_array_equal(filled, counts)
+
+
+def test_columns_of_every_kind():
+    generator, likelihoods = np.random.RandomState(0), bae.likelihoods
+    code = generator.randn(60)
+    columns = [code, code > 0, generator.poisson(np.exp(code)), 1 + (code > 0.5) + (code > -0.5), -code]
+    full = np.stack(columns, 1).astype(float)
+    table = np.where(generator.rand(60, 5) < 0.2, np.nan, full)
+    heads = [likelihoods.Gaussian(), likelihoods.Bernoulli(), likelihoods.Poisson(),
+             likelihoods.Categorical(3, [1, 2, 3]), likelihoods.Gaussian()]  # fmt: skip
+    imputer = bae.BayesianImputer(
+        2, [8], likelihoods.Mixed(heads), standardise=False, epochs=3, n_draws=8, random_state=0
+    ).fit(table)
+    draws = imputer.sample(table)
+    imputer.model_.likelihood.check(torch.from_numpy(draws.reshape(-1, 5)))
+    observed = ~np.isnan(table)
+    np.testing.assert_array_equal(draws[:, observed], np.broadcast_to(full[observed], (8, observed.sum())))
+    filled = imputer.transform(table)
+    assert not np.isnan(filled).any() and filled[:, 3].min() >= 1 and filled[:, 3].max() <= 3
+
+
+@pytest.mark.parametrize(
+    "likelihood", [bae.likelihoods.HeteroscedasticGaussian(), bae.likelihoods.Categorical(3)], ids=repr
+)
+def test_likelihoods_with_several_parameters(likelihood):
+    generator = np.random.RandomState(0)
+    table = generator.randint(3, size=(40, 3)).astype(float)
+    table[generator.rand(40, 3) < 0.2] = np.nan
+    table[:, 0] = 1
+    imputer = bae.BayesianImputer(likelihood=likelihood, standardise=False, epochs=1, n_draws=4, random_state=0).fit(
+        table
+    )
+    assert imputer.sample(table).shape == (4, 40, 3)
+    if likelihood.is_nominal:
+        with pytest.raises(bae.errors.UnsupportedError, match="columns with a mean"):
+            imputer.transform(table)
+
+
+def test_transform_keeps_no_draws(imputer, table, monkeypatch):
+    from bayesae.estimators import imputer as module
+
+    seen = []
+    monkeypatch.setattr(module, "impute", lambda *args, **kwargs: seen.append(bae.impute(*args, **kwargs)) or seen[-1])
+    filled = imputer.transform(table)
+    draws = imputer.sample(table)
+    assert len(seen[0].draws) == 0 and len(seen[1].draws) == 50
+    assert not np.isnan(filled).any() and draws.shape[0] == 50
+
+
+def test_draws_of_networks_pool_in_nests(table):
+    imputer = bae.BayesianImputer(epochs=2, weights=bae.weights.Ensemble(3, epochs=1), n_draws=12, random_state=0).fit(
+        table
+    )
+    draws = imputer.sample(table)
+    pooled = bae.imputation.pool(draws.mean(1), draws.var(1, ddof=1) / N, n_nests=imputer.posterior_.n_atoms)
+    networks = draws.reshape(3, 4, N, D).mean((1, 2))
+    total = (draws.var(1, ddof=1) / N).mean(0) + (1 + 1 / 3) * networks.var(0, ddof=1)
+    total += (1 - 1 / 4) * draws.mean(1).reshape(3, 4, D).var(1, ddof=1).mean(0)
+    np.testing.assert_allclose(pooled.var.numpy(), total, rtol=1e-9)
+
+
 def test_weights_and_methods_are_arguments(table):
     imputer = bae.BayesianImputer(
         epochs=2,
@@ -112,6 +209,10 @@ class TestErrors:
     def test_arguments(self, table):
         with pytest.raises(bae.errors.UnsupportedError, match="a method of imputation"):
             bae.BayesianImputer(method="gibbs").fit(table)
+        with pytest.raises(
+            bae.errors.UnsupportedError, match="takes drawn codes; got Laplace. Use bae.weights.Ensemble"
+        ):
+            bae.BayesianImputer(weights=bae.weights.Laplace()).fit(table)
         with pytest.raises(bae.errors.DataError, match="n_draws of at least 1"):
             bae.BayesianImputer(n_draws=0).fit(table)
         with pytest.raises(bae.errors.DataError, match="number of epochs"):

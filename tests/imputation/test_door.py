@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import bayesae as bae
-from bayesae.imputation import CodeHMC, CodeLaplace, FixedPoint, ImportanceResampling, PseudoGibbs
+from bayesae.imputation import CodeHMC, CodeLaplace, FixedPoint, ImportanceResampling, MetropolisGibbs, PseudoGibbs
 from bayesae.imputation.linearised import Linearised
 from tests.conftest import small_model
 from tests.imputation.worlds import MISSING, conditional, leaves_of, mask_of, predictive_of, world
@@ -21,7 +21,11 @@ def normal_weights(model, var=1.0, *, is_linearised):
 
 
 class TestLinearisedWeights:
-    @pytest.mark.parametrize("method", [CodeLaplace(2), CodeHMC(5, 10), ImportanceResampling(50)], ids=str)
+    @pytest.mark.parametrize(
+        "method",
+        [CodeLaplace(2), CodeHMC(5, 10), ImportanceResampling(50), MetropolisGibbs(3, 10), FixedPoint(20)],
+        ids=lambda method: type(method).__name__,
+    )
     @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
     def test_change_nothing_where_outputs_are_linear_in_them(self, method):
         made = world()
@@ -32,7 +36,7 @@ class TestLinearisedWeights:
                 model, normal_weights(model, is_linearised=is_linearised), codes=bae.codes.amortised
             )
             found.append(bae.impute(predictive, made.x[:6], mask, method=method, n_draws=10, seed=0))
-        assert found[0].n_weight_draws == 2
+        assert found[0].n_weight_draws == (2 if method.draws_codes else 10)
         assert_close(found[0].draws, found[1].draws, rtol=0, atol=1e-8)
         assert bool((found[0].moments.weights[:, MISSING] > 0).any())
 
@@ -126,6 +130,36 @@ class TestNumbersOfDraws:
         assert_close(whole.moments.total, parts.moments.total, rtol=0, atol=1e-10)  # codes are keyed on rows
         assert not torch.equal(whole.draws, parts.draws)
 
+    @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
+    def test_without_draws_mean_variance_and_figures_are_the_same(self):
+        made = world()
+        predictive = predictive_of(made.model("diagonal"), bae.codes.amortised, shifts=(0.0, 0.5))
+        options = {"method": CodeHMC(3, 10), "n_draws": 40, "seed": 0, "chunk_size": 160}
+        whole, short = (
+            bae.impute(predictive, made.x, mask_of(40), keep_draws=keep, **options) for keep in (True, False)
+        )
+        assert short.draws.shape == (0, 40, 5) and short.draws.untyped_storage().nbytes() == 0
+        for name in ("mean", "variance", "ess", "rhat", "acceptance", "n_divergent", "n_weight_draws"):
+            assert torch.equal(torch.as_tensor(getattr(whole, name)), torch.as_tensor(getattr(short, name))), name
+        for read in (short.interval, lambda: short.pool(lambda x: (x.mean(0), x.var(0)))):
+            with pytest.raises(bae.errors.DataError, match=r"draws that were kept; got .*\(keep_draws=True"):
+                read()
+
+    def test_that_are_all_particles_leave_no_error_of_the_weights(self):
+        """Of a mixture too: one draw of two networks is not all of them."""
+        made = world()
+        model = made.model("location")
+        parts = [bae.families.Particles(bae.functional.stack_draws([leaves_of(model, shift)])) for shift in (0.0, 3.0)]
+        predictive = bae.Predictive(model, bae.families.Mixture(parts))
+        options = {"method": CodeLaplace(1), "n_draws": 12, "seed": 0}
+        for n, share in ((1, torch.inf), (2, 0.0), (3, 1 / 2), (4, 0.0)):
+            found = bae.impute(predictive, made.x[:4], mask_of(4), n_weight_draws=n, **options)
+            parts = found.moments
+            of_weights = torch.zeros_like(parts.mean) if n % 2 == 0 else share * parts.weights.clamp(min=1e-9)
+            expected = (parts.code / found.ess[:, None] + of_weights).sqrt()
+            assert_close(parts.standard_error[:, MISSING], expected[:, MISSING])
+            assert not bool(parts.standard_error[:, [0, 2]].any())
+
     def test_a_mixture_completes_with_the_noise_of_its_components(self):
         made = world()
         model = made.model("full")
@@ -177,6 +211,10 @@ class TestErrors:
             self.run(torch.where(mask, torch.nan, x), mask)
         with pytest.raises(bae.errors.UnsupportedError, match="explain themselves"):
             self.run(bae.Batch(x, mask, target=x))
+        narrow = bae.Autoencoder(bae.nets.mlp(5, [4], 2), bae.nets.mlp(2, [4], 5), bae.likelihoods.Gaussian(1.0))
+        particles = bae.functional.stack_draws([bae.functional.parameters_of(narrow.bfloat16().eval().network)])
+        with pytest.raises(bae.errors.UnsupportedError, match=r"networks of float32 or float64; got torch.bfloat16"):
+            bae.impute(bae.Predictive(narrow, bae.families.Particles(particles)), x.bfloat16(), mask)
         with pytest.raises(bae.errors.DataError, match="a mask that says"):
             self.run(torch.utils.data.TensorDataset(x))
         with pytest.raises(bae.errors.DataError, match="at least one row"):
@@ -209,3 +247,6 @@ class TestErrors:
         predictive = predictive_of(made.model("location"), None, shifts=(1e200,))
         with pytest.raises(bae.errors.NonFiniteError, match="where chains start"):
             bae.impute(predictive, made.x, mask_of(40), method=CodeHMC(1, 4), n_draws=4)
+        options = {"method": ImportanceResampling(5, bae.codes.Laplace(0)), "n_draws": 4}
+        with pytest.raises(bae.errors.NonFiniteError, match="importance weights; got NaN, or nothing above 0, in 40"):
+            bae.impute(predictive, made.x, mask_of(40), **options)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae.errors import UnsupportedError
-from bayesae.imputation import impute_by_chain
+from bayesae.imputation import MetropolisGibbs
 from tests.cases import WEIGHT_CASES
 
 SCALE = 0.3
@@ -95,14 +95,16 @@ class TestEveryMethod:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
 @pytest.mark.parametrize("case", WEIGHT_CASES, ids=str)
 def test_fills_in_what_is_missing(case):
     x = all_rows()
     mask = torch.ones_like(x, dtype=torch.bool)
     mask[:, 2:4] = False
-    filled = impute_by_chain(predictive(case.name, "stochastic"), x, mask, n_steps=3, n_burn_in=1, n_chains=2, seed=0)
-    assert filled.draws.shape == (3, 2, 9, 7) and bool(filled.draws.isfinite().all())
-    assert_close(filled.draws[..., mask], x[mask].expand(3, 2, -1), rtol=0, atol=0)
+    options = {"method": MetropolisGibbs(1, 4, 1), "n_draws": 6, "n_weight_draws": 2, "seed": 0}
+    filled = bae.impute(predictive(case.name, "stochastic"), x, mask, **options)
+    assert filled.draws.shape == (6, 9, 7) and bool(filled.draws.isfinite().all())
+    assert_close(filled.draws[:, mask], x[mask].expand(6, -1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", [case for case in WEIGHT_CASES if wants_a_plain_code(case)], ids=str)
