@@ -10,6 +10,7 @@ from bayesae.geometry.curves import (
     length,
     straight_lines,
 )
+from bayesae.geometry.derivatives import DecoderDraws
 from bayesae.geometry.distances import (
     Distances,
     Medoids,
@@ -21,7 +22,13 @@ from bayesae.geometry.distances import (
 from bayesae.geometry.fisher import bernoulli_fisher, categorical_fisher, gaussian_fisher
 from bayesae.geometry.geodesics import Geodesics, geodesics
 from bayesae.geometry.graph import CodeGraph, graph_starts, grid_graph, neighbour_graph
-from bayesae.geometry.local import christoffel, gaussian_curvature, log_volume_element, volume_element
+from bayesae.geometry.local import (
+    christoffel,
+    gaussian_curvature,
+    log_volume_element,
+    sectional_curvature,
+    volume_element,
+)
 from bayesae.geometry.maps import exponential, logarithm, parallel_transport
 from bayesae.geometry.metrics import Euclidean, FisherPullback, Metric, MetricFunction, SegmentEnergy
 from bayesae.geometry.pullback import IndependentDraws, Pullback
@@ -31,6 +38,7 @@ __all__ = [
     "CodeGraph",
     "CubicSpline",
     "Curve",
+    "DecoderDraws",
     "DistanceDraws",
     "Distances",
     "Euclidean",
@@ -67,6 +75,7 @@ __all__ = [
     "logarithm",
     "neighbour_graph",
     "parallel_transport",
+    "sectional_curvature",
     "straight_lines",
     "volume_element",
 ]

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.errors import ShapeError
+from bayesae.errors import DataError, NonFiniteError, ShapeError
 from bayesae.geometry.metrics import Metric, SegmentEnergy
 
 __all__ = [
     "CubicSpline",
     "Curve",
     "Polyline",
+    "check_curves",
+    "checked_squares",
     "chord_energy",
     "chord_length",
     "end_slopes",
@@ -31,6 +33,48 @@ class Curve(Protocol):
     def __call__(self, times: Tensor, *, derivative: int = 0) -> Tensor:
         """Values at times (T,), or their derivatives in time, (P, T, Z)."""
         ...
+
+
+_ROUNDING = 1e-5  # share of the largest squared length by which one may be below 0
+
+
+def check_curves(points: Tensor) -> None:
+    """Whether there is an axis of curves, one of points and one of code dimensions.
+
+    Args:
+        points: (P, n + 1, Z), n >= 1.
+
+    Raises:
+        ShapeError: If not.
+    """
+    if points.dim() != 3 or points.shape[1] < 2 or 0 in points.shape or not points.is_floating_point():
+        got = f"{tuple(points.shape)} of {points.dtype}"
+        raise ShapeError("points (P, n + 1, Z) of floating numbers, n >= 1", got, "Give the points of each curve.")
+
+
+def checked_squares(squared: Tensor, where: str) -> Tensor:
+    """Squared lengths that may be rooted: what rounding put below 0 is 0.
+
+    Args:
+        squared: Of any shape.
+        where: What they belong to, for a message.
+
+    Returns:
+        The same numbers.
+
+    Raises:
+        NonFiniteError: If one is not finite.
+        DataError: If one is below 0 by more than rounding.
+    """
+    if not bool(torch.isfinite(squared).all()):
+        got = f"{int((~torch.isfinite(squared)).sum())} of {squared.numel()} that are not"
+        fix = "Does the decoder overflow, or is the metric undefined there?"
+        raise NonFiniteError(f"finite squared lengths {where}", got, fix)
+    is_below = squared < -_ROUNDING * squared.abs().amax()
+    if bool(is_below.any()):
+        got = f"{int(is_below.sum())} squared lengths below 0 of {squared.numel()} {where}"
+        raise DataError("a positive definite metric", got, "Is it symmetric, and defined at these codes?")
+    return squared.clamp(min=0)
 
 
 def straight_lines(starts: Tensor, ends: Tensor, n_segments: int) -> Tensor:
@@ -77,9 +121,13 @@ class Polyline:
         points: (P, n + 1, Z).
 
     Exact when: always; it has no second derivative, and its first one jumps at the points.
+    Raises: ShapeError if the points are not (P, n + 1, Z).
     """
 
     points: Tensor
+
+    def __post_init__(self) -> None:
+        check_curves(self.points)
 
     def __call__(self, times: Tensor, *, derivative: int = 0) -> Tensor:
         """Values (derivative 0) or slopes (1) at times (T,) in [0, 1], (P, T, Z).
@@ -117,15 +165,18 @@ class CubicSpline:
     Exact when: the curve is a cubic and the slopes are its own; straight lines either way.
     Biased when: natural ends are put on a curve that bends there: off by order 1 / n^2 near the ends (else 1 / n^4).
     Cost: one solve of (n + 1) unknowns for all curves.
+    Raises: ShapeError if the points are not (P, n + 1, Z), or the slopes do not fit them.
     """
 
     points: Tensor
     slopes: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.points.dim() != 3 or self.points.shape[1] < 2:
-            fix = "Give the points of each curve in order."
-            raise ShapeError("points (P, n + 1, Z), n >= 1", f"{tuple(self.points.shape)}", fix)
+        check_curves(self.points)
+        n_curves, _, n_latents = self.points.shape
+        if self.slopes is not None and self.slopes.shape != (n_curves, 2, n_latents):
+            fix = "Give one at each end of every curve, such as end_slopes."
+            raise ShapeError(f"slopes ({n_curves}, 2, {n_latents})", f"{tuple(self.slopes.shape)}", fix)
         object.__setattr__(self, "_all_slopes", self._solved())
 
     def _solved(self) -> Tensor:
@@ -188,7 +239,7 @@ def chord_energy(metric: SegmentEnergy, points: Tensor) -> Tensor:
 
     Args:
         metric: What measures segments.
-        points: (P, n + 1, Z) at equal times.
+        points: (P, n + 1, Z) at equal times; gradients do not pass.
 
     Returns:
         (P,), float64: squared length a unit of time, at least `chord_length` squared.
@@ -196,8 +247,13 @@ def chord_energy(metric: SegmentEnergy, points: Tensor) -> Tensor:
     Exact when: the metric is constant along the curve (of a `Pullback`: the outputs are linear).
     Biased when: there are few segments: off by a share of order 1 / n^2.
     Cost: one decoding of the points for a `Pullback`.
+
+    Raises:
+        ShapeError: If the points are not (P, n + 1, Z).
+        NonFiniteError: If a length is not finite.
+        DataError: If the metric is not positive definite.
     """
-    squared = metric.segments(points)
+    squared = _squared_segments(metric, points)
     return squared.shape[1] * squared.sum(1)
 
 
@@ -206,7 +262,7 @@ def chord_length(metric: SegmentEnergy, points: Tensor) -> Tensor:
 
     Args:
         metric: What measures segments.
-        points: (P, n + 1, Z).
+        points: (P, n + 1, Z); gradients do not pass.
 
     Returns:
         (P,), float64, in units of the outputs.
@@ -214,8 +270,18 @@ def chord_length(metric: SegmentEnergy, points: Tensor) -> Tensor:
     Exact when: the metric is constant along the curve (of a `Pullback`: the outputs are linear).
     Biased when: there are few segments: off by a share of order 1 / n^2.
     Cost: one decoding of the points for a `Pullback`.
+
+    Raises:
+        ShapeError: If the points are not (P, n + 1, Z).
+        NonFiniteError: If a length is not finite.
+        DataError: If the metric is not positive definite.
     """
-    return metric.segments(points).clamp(min=0).sqrt().sum(1)
+    return _squared_segments(metric, points).sqrt().sum(1)
+
+
+def _squared_segments(metric: SegmentEnergy, points: Tensor) -> Tensor:
+    check_curves(points)
+    return checked_squares(metric.segments(points), "of segments")
 
 
 def energy(metric: Metric, curve: Curve, *, n_nodes: int = 64) -> Tensor:
@@ -223,14 +289,20 @@ def energy(metric: Metric, curve: Curve, *, n_nodes: int = 64) -> Tensor:
 
     Args:
         metric: G.
-        curve: P curves.
+        curve: P curves; gradients do not pass.
         n_nodes: Gauss-Legendre nodes.
 
     Returns:
         (P,), float64.
 
     Exact when: the integrand is a polynomial of degree up to ``2 n_nodes - 1``.
+    Biased when: the metric or the curve's slope jumps between nodes (kinks of a decoder, points of a `Polyline`): off
+        by a share of order 1 / ``n_nodes``.
     Cost: the metric at every node of every curve.
+
+    Raises:
+        NonFiniteError: If a speed is not finite.
+        DataError: If the metric is not positive definite.
     """
     speed, weights = _speeds(metric, curve, n_nodes)
     return speed @ weights
@@ -241,23 +313,31 @@ def length(metric: Metric, curve: Curve, *, n_nodes: int = 64) -> Tensor:
 
     Args:
         metric: G.
-        curve: P curves.
+        curve: P curves; gradients do not pass.
         n_nodes: Gauss-Legendre nodes.
 
     Returns:
         (P,), float64, in units of the outputs.
 
     Exact when: the speed is a polynomial of degree up to ``2 n_nodes - 1``.
+    Biased when: the metric or the curve's slope jumps between nodes (kinks of a decoder, points of a `Polyline`): off
+        by a share of order 1 / ``n_nodes``.
     Cost: the metric at every node of every curve.
+
+    Raises:
+        NonFiniteError: If a speed is not finite.
+        DataError: If the metric is not positive definite.
     """
     speed, weights = _speeds(metric, curve, n_nodes)
-    return speed.clamp(min=0).sqrt() @ weights
+    return speed.sqrt() @ weights
 
 
 def _speeds(metric: Metric, curve: Curve, n_nodes: int) -> tuple[Tensor, Tensor]:
     """Squared speeds (P, T) at Gauss-Legendre nodes, and the weights (T,)."""
     nodes, weights = (torch.as_tensor(part) for part in np.polynomial.legendre.leggauss(n_nodes))
     times = (nodes + 1) / 2
-    values, slopes = curve(times), curve(times, derivative=1).double()
-    matrices = metric(values.flatten(0, 1)).detach().double().unflatten(0, values.shape[:2])
-    return torch.einsum("pti,ptij,ptj->pt", slopes, matrices, slopes), (weights / 2).to(slopes)
+    with torch.no_grad():
+        values, slopes = curve(times), curve(times, derivative=1).double()
+        matrices = metric(values.flatten(0, 1)).double().unflatten(0, values.shape[:2])
+    speed = torch.einsum("pti,ptij,ptj->pt", slopes, matrices, slopes)
+    return checked_squares(speed, "a unit of time"), (weights / 2).to(slopes)

@@ -2,22 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from bayesae.errors import NonFiniteError, ShapeError, UnsupportedError
+from bayesae.errors import BayesAEError, DataError, NonFiniteError, ShapeError, UnsupportedError
 
-__all__ = ["Decoder", "checked_points", "columns_and_bending", "flat_outputs", "gradient_and_hessian", "with_columns"]
+__all__ = [
+    "Decoder",
+    "DecoderDraws",
+    "check_codes",
+    "check_outputs",
+    "checked_points",
+    "columns_and_bending",
+    "flat_outputs",
+    "gradient_and_hessian",
+    "rows_at_once",
+    "with_columns",
+]
+
+# of outputs and derivatives at once: on a CPU larger blocks are handed back to the system each time, and cost twice
+_NUMBERS_ON_CPU, _NUMBERS_ON_DEVICE = 2**22, 2**25
 
 Decoder = Callable[[Tensor], Tensor]
 r"""Codes (B, Z) to outputs (S, B, \*D) of S weight draws, as `Predictive.decoder` makes it."""
 
 
+@dataclass(frozen=True)
+class DecoderDraws:
+    r"""Networks, one a weight draw, as one decoder: the members of an ensemble, or a plain network alone.
+
+    .. math:: f(z) = (f_1(z), \dots, f_S(z))
+
+    Args:
+        networks: S of them, each codes (B, Z) to outputs (B, \*D) of one shape, in evaluation mode: dropout is refused
+            where derivatives are taken.
+
+    Exact when: always.
+    Cost: one pass of each network.
+    Raises: DataError if there is no network.
+    """
+
+    networks: Sequence[Callable[[Tensor], Tensor]]
+
+    def __post_init__(self) -> None:
+        if not self.networks:
+            raise DataError("one network or more", "none", "Give the members of an ensemble.")
+
+    def __call__(self, z: Tensor) -> Tensor:
+        r"""Outputs (S, B, \*D) of codes (B, Z)."""
+        return torch.stack([network(z) for network in self.networks])
+
+    @property
+    def singles(self) -> tuple[DecoderDraws, ...]:
+        """Decoders of one network each: a draw's own geodesics need no other (`distance_draws`)."""
+        return tuple(DecoderDraws((network,)) for network in self.networks)
+
+
+def check_codes(name: str, points: Tensor) -> None:
+    """Whether there is a row of floating numbers for every code.
+
+    Args:
+        name: What they are called in a message.
+        points: (B, Z).
+
+    Raises:
+        ShapeError: If they are no matrix of floating numbers.
+    """
+    if points.dim() != 2 or not points.is_floating_point() or 0 in points.shape:
+        got = f"{tuple(points.shape)} of {points.dtype}"
+        raise ShapeError(f"{name} (B, Z) of floating numbers", got, "Give a row for every code.")
+
+
 def checked_points(name: str, points: Tensor) -> Tensor:
-    """Codes as geometry takes them: floating, finite, a row each; detached from the caller's graph.
+    """Codes as solvers take them: floating, finite, a row each; detached from the caller's graph.
 
     Args:
         name: What they are called in a message.
@@ -30,17 +91,28 @@ def checked_points(name: str, points: Tensor) -> Tensor:
         ShapeError: If they are no matrix of floating numbers.
         NonFiniteError: If one is not finite.
     """
-    if points.dim() != 2 or not points.is_floating_point() or 0 in points.shape:
-        got = f"{tuple(points.shape)} of {points.dtype}"
-        raise ShapeError(f"{name} (B, Z) of floating numbers", got, "Give a row for every code.")
-    return _finite(points.detach(), name, "Were they encoded by a network that diverged?")
+    check_codes(name, points)
+    points = points.detach()
+    if not bool(torch.isfinite(points).all()):
+        n_bad = int((~torch.isfinite(points)).sum())
+        got = f"{n_bad} NaN or infinite values of {points.numel()}"
+        raise NonFiniteError(f"finite {name}", got, "Were they encoded by a network that diverged?")
+    return points
 
 
-def _finite(values: Tensor, what: str, fix: str) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        n_bad = int((~torch.isfinite(values)).sum())
-        raise NonFiniteError(f"finite {what}", f"{n_bad} NaN or infinite values of {values.numel()}", fix)
-    return values
+def check_outputs(outputs: Tensor, n_codes: int) -> None:
+    r"""Whether outputs have an axis of weight draws and one of codes.
+
+    Args:
+        outputs: (S, B, \*D).
+        n_codes: B.
+
+    Raises:
+        ShapeError: If not.
+    """
+    if outputs.dim() < 3 or outputs.shape[1] != n_codes:
+        fix = "Give the decoder an axis of weight draws in front: DecoderDraws([network]) for a plain network."
+        raise ShapeError(f"outputs (S, {n_codes}, *D) of the decoder", f"{tuple(outputs.shape)}", fix)
 
 
 def flat_outputs(decoder: Decoder, z: Tensor) -> Tensor:
@@ -57,10 +129,24 @@ def flat_outputs(decoder: Decoder, z: Tensor) -> Tensor:
         ShapeError: If the outputs are not (S, B, \*D).
     """
     outputs = decoder(z)
-    if outputs.dim() < 3 or outputs.shape[1] != len(z):
-        fix = "Give the decoder an axis of weight draws in front: decoder(z)[None] for a plain network."
-        raise ShapeError(f"outputs (S, {len(z)}, *D) of the decoder", f"{tuple(outputs.shape)}", fix)
+    check_outputs(outputs, len(z))
     return outputs.flatten(2)
+
+
+def rows_at_once(decoder: Decoder, code: Tensor, n_passes: int) -> int:
+    r"""How many codes may be decoded at once, so that memory stays bounded.
+
+    Args:
+        decoder: Codes (B, Z) to outputs (S, B, \*D).
+        code: One, (1, Z), which is decoded to see how large an output is.
+        n_passes: Values and derivatives of each.
+
+    Returns:
+        At least 1.
+    """
+    with torch.no_grad():
+        numbers = flat_outputs(decoder, code).numel() * n_passes
+    return max(1, (_NUMBERS_ON_CPU if code.device.type == "cpu" else _NUMBERS_ON_DEVICE) // numbers)
 
 
 def with_columns(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,18 +163,7 @@ def with_columns(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tenso
         ShapeError: If the function raises it.
         UnsupportedError: If torch cannot differentiate the function forwards.
     """
-    tangents = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(-1, len(z), -1)
-
-    def along(tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(function, (z,), (tangent,))[:2]
-
-    try:
-        values, columns = vmap(along)(tangents)
-    except ShapeError:
-        raise
-    except RuntimeError as error:
-        fix = "Write it in torch operations on its argument, without NumPy, .item() or data-dependent branches."
-        raise UnsupportedError("a function that torch.func differentiates", f"{error}", fix) from error
+    values, columns = _along_columns(lambda tangent: jvp(function, (z,), (tangent,))[:2], function, z)
     return values[0], columns  # values know of no tangent: they are computed once
 
 
@@ -101,10 +176,14 @@ def gradient_and_hessian(function: Callable[[Tensor], Tensor], z: Tensor) -> tup
 
     Returns:
         Both; the Hessian symmetric.
+
+    Raises:
+        UnsupportedError: If torch cannot differentiate the function twice.
     """
-    gradient, columns = with_columns(grad(function), z)
+    slope = grad(function)
+    gradient, columns = _along_columns(lambda tangent: jvp(slope, (z,), (tangent,))[:2], function, z)
     hessian = columns.permute(1, 2, 0)
-    return gradient.detach(), ((hessian + hessian.mT) / 2).detach()
+    return gradient[0].detach(), ((hessian + hessian.mT) / 2).detach()
 
 
 def columns_and_bending(function: Callable[[Tensor], Tensor], z: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +196,31 @@ def columns_and_bending(function: Callable[[Tensor], Tensor], z: Tensor, pull: T
 
     Returns:
         Derivatives (Z, S, B, D), and the Hessian (B, Z, Z) of each row's :math:`\sum_{sd} pull_{sd} f_{sd}(z)`.
+
+    Raises:
+        UnsupportedError: If torch cannot differentiate the function twice.
     """
 
     def pulled(codes: Tensor) -> tuple[Tensor, Tensor]:
         outputs = function(codes)
         return (outputs * pull).sum(), outputs
 
-    tangents = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(-1, len(z), -1)
-    second, columns = vmap(lambda tangent: jvp(grad(pulled, has_aux=True), (z,), (tangent,))[1])(tangents)
+    slope = grad(pulled, has_aux=True)
+    second, columns = _along_columns(lambda tangent: jvp(slope, (z,), (tangent,))[1], function, z)
     hessian = second.permute(1, 2, 0)
     return columns.detach(), ((hessian + hessian.mT) / 2).detach()
+
+
+def _along_columns(
+    product: Callable[[Tensor], tuple[Tensor, Tensor]], function: Callable[[Tensor], Tensor], z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A product with a tangent (B, Z), along every code dimension at once; ``function`` is what it differentiates."""
+    tangents = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[:, None].expand(-1, len(z), -1)
+    try:
+        return vmap(product)(tangents)
+    except BayesAEError:
+        raise
+    except RuntimeError as error:
+        function(z)  # an error that has nothing to do with derivatives comes as it is
+        fix = "Write it in torch operations on its argument, without NumPy, .item(), dropout or branches on its values."
+        raise UnsupportedError("a function that torch.func differentiates", f"{error}", fix) from error

@@ -48,7 +48,7 @@ def distance_matrix(
 
     Args:
         metric: What measures segments, for the check.
-        graph: `grid_graph` or `neighbour_graph` of the codes, which are its first nodes.
+        graph: `grid_graph` (Z = 2 only) or `neighbour_graph` (any Z) of the codes, which are its first nodes.
         n_codes: How many of the nodes, N >= 2.
         n_checked: Pairs R that the solver checks, drawn with replacement; 0 for none.
         n_segments: Of the solver's curves.
@@ -192,7 +192,8 @@ def frechet_mean(
         metric: G, differentiable in torch.
         codes: (N, Z).
         start: Where to begin, (Z,); the arithmetic mean of the codes if None.
-        tolerance: Length of the mean logarithm, a share of the root mean squared distance, that counts as 0.
+        tolerance: Length of the mean logarithm, a share of the root mean squared distance, that counts as 0; never
+            below a thousand roundings of the dtype (1e-4 in float32).
         max_iterations: Steps.
 
     Returns:
@@ -203,12 +204,16 @@ def frechet_mean(
     Cost: N logarithms a step, three to ten steps.
 
     Raises:
-        ShapeError: If codes are no matrix.
-        NonFiniteError: If a code is not finite.
+        ShapeError: If codes are no matrix, or the start is not one of them.
+        NonFiniteError: If a code is not finite, or the metric along a step is not, or is singular.
         DataError: If the steps do not come to rest.
+        UnsupportedError: If a `logarithm` does not hit its end.
     """
     codes = checked_points("codes", codes)
+    if start is not None and start.shape != codes.shape[1:]:
+        raise ShapeError(f"a start ({codes.shape[1]},)", f"{tuple(start.shape)}", "Give one code.")
     mean = codes.mean(0) if start is None else start.detach().to(codes)
+    tolerance = max(tolerance, 1000 * torch.finfo(codes.dtype).eps)
     share = math.inf
     for _ in range(max_iterations):
         others = codes[(codes != mean).any(1)]

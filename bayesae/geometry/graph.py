@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import DataError, ShapeError
-from bayesae.geometry.curves import chord_length, straight_lines
+from bayesae.geometry.curves import checked_squares, chord_length, straight_lines
 from bayesae.geometry.derivatives import checked_points
 from bayesae.geometry.metrics import Metric, SegmentEnergy
 
@@ -73,6 +73,8 @@ class CodeGraph:
 def grid_graph(metric: Metric, codes: Tensor, *, n_cells: int = 100, margin: float = 0.1) -> CodeGraph:
     r"""A grid over codes of two dimensions with the codes hung into it; edges by the metric at their ends.
 
+    Two dimensions only: in more a grid has too many nodes, and `neighbour_graph` is the fast route.
+
     An edge from a to b is :math:`\tfrac12 \big(\sqrt{\Delta^\top G(a) \Delta} + \sqrt{\Delta^\top G(b) \Delta}\big)`
     long, so that the metric is evaluated once a node: it is interpolated along edges. A node has 32 neighbours, up to
     three cells away.
@@ -80,7 +82,7 @@ def grid_graph(metric: Metric, codes: Tensor, *, n_cells: int = 100, margin: flo
     Args:
         metric: G.
         codes: (N, 2).
-        n_cells: Cells along the longer side.
+        n_cells: Cells along the longer side; they are squares in the code, so that a side a hundredth as long has one.
         margin: How far the grid reaches beyond the codes, a share of their range.
 
     Returns:
@@ -93,8 +95,8 @@ def grid_graph(metric: Metric, codes: Tensor, *, n_cells: int = 100, margin: flo
 
     Raises:
         ShapeError: If codes have not two dimensions.
-        DataError: If all codes lie on an axis, or the numbers are out of range.
-        NonFiniteError: If a code is not finite.
+        DataError: If all codes lie on an axis, the numbers are out of range, or the metric is not positive definite.
+        NonFiniteError: If a code is not finite, or the metric at a node.
     """
     codes = checked_points("codes", codes)
     if codes.shape[1] != 2:
@@ -139,8 +141,9 @@ def neighbour_graph(metric: SegmentEnergy, codes: Tensor, *, n_neighbours: int =
 
     Raises:
         ShapeError: If codes are no matrix.
-        DataError: If there are fewer than two codes, or no neighbours are asked for.
-        NonFiniteError: If a code is not finite.
+        DataError: If there are fewer than two codes, no neighbours are asked for, or the metric is not positive
+            definite.
+        NonFiniteError: If a code is not finite, or a length.
     """
     from scipy.sparse.csgraph import minimum_spanning_tree
 
@@ -203,17 +206,19 @@ def _evenly(way: Tensor, n_segments: int) -> Tensor:
 
 
 def _shifted(number: Tensor, right: int, up: int) -> Tensor:
-    """Pairs of grid nodes that lie (right, up) from one another, right >= 0."""
+    """Pairs of grid nodes that lie (right, up) from one another, right >= 0; none if the grid is smaller than that."""
     n_x, n_y = number.shape
-    here = number[: n_x - right, max(0, -up) : n_y - max(0, up)]
-    there = number[right:, max(0, up) : n_y - max(0, -up)]
+    here = number[: max(0, n_x - right), max(0, -up) : max(0, n_y - max(0, up))]
+    there = number[right:, max(0, up) : max(0, n_y - max(0, -up))]
     return torch.stack([here.flatten(), there.flatten()], 1)
 
 
 def _trapezoid(metric: Metric, nodes: Tensor, edges: Tensor) -> Tensor:
-    matrices = torch.cat([metric(part).detach() for part in nodes.split(1024)]).double()
+    with torch.no_grad():
+        matrices = torch.cat([metric(part) for part in nodes.split(1024)]).double()
     total = torch.zeros(len(edges), dtype=torch.float64, device=nodes.device)
     step = (nodes[edges[:, 1]] - nodes[edges[:, 0]]).double()
     for end in (0, 1):
-        total += torch.einsum("ei,eij,ej->e", step, matrices[edges[:, end]], step).clamp(min=0).sqrt() / 2
+        squared = torch.einsum("ei,eij,ej->e", step, matrices[edges[:, end]], step)
+        total += checked_squares(squared, "at nodes of the grid").sqrt() / 2
     return total

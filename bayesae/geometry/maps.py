@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.errors import DataError, ShapeError, UnsupportedError
 from bayesae.geometry.curves import Curve
 from bayesae.geometry.derivatives import checked_points
-from bayesae.geometry.geodesics import Geodesics, geodesics
-from bayesae.geometry.local import christoffel
+from bayesae.geometry.geodesics import Geodesics, checked_pairs, geodesics
+from bayesae.geometry.local import symbols_or_nan
 from bayesae.geometry.metrics import Metric
 from bayesae.geometry.ode import integrate
 
@@ -27,9 +27,9 @@ def exponential(
 
     Args:
         metric: G, differentiable in torch.
-        points: z, (B, Z).
+        points: z, (B, Z); gradients do not pass.
         velocities: v, (B, Z); a zero velocity stays where it is.
-        tolerance: Local error of a step; float32 metrics need 1e-5 or more.
+        tolerance: Local error of a step; never below ten roundings of the dtype (1e-6 in float32).
         max_steps: Steps before giving up.
 
     Returns:
@@ -41,15 +41,15 @@ def exponential(
 
     Raises:
         ShapeError: If points and velocities differ in shape.
-        NonFiniteError: If a code, a velocity or the metric along the curve is not finite, or the metric singular.
-        UnsupportedError: If unit time is not reached in ``max_steps``.
+        NonFiniteError: If a code or a velocity is not finite, or the metric along the curve is not, or is singular.
+        UnsupportedError: If unit time is not reached in ``max_steps``, or torch cannot differentiate the metric.
     """
     points, velocities = checked_points("points", points), checked_points("velocities", velocities)
     _check_alike("velocities", velocities, points)
 
     def rate(times: Tensor, state: Tensor, rows: Tensor) -> Tensor:
         position, velocity = state.chunk(2, -1)
-        symbols = christoffel(metric, position).detach()
+        symbols = symbols_or_nan(metric, position)
         return torch.cat([velocity, -torch.einsum("bkij,bi,bj->bk", symbols, velocity, velocity)], -1)
 
     state = integrate(rate, torch.cat([points, velocities], -1), tolerance=tolerance, max_steps=max_steps)
@@ -67,10 +67,11 @@ def logarithm(
 
     Args:
         metric: G, differentiable in torch.
-        starts: (P, Z).
+        starts: (P, Z); gradients do not pass.
         ends: (P, Z).
         curves: Geodesics between them if they are known already.
-        tolerance: Largest miss of an end, a share of the distance in codes; shooting is a hundred times finer.
+        tolerance: Largest miss of an end, a share of the distance in codes; shooting is a hundred times finer. Never
+            below a thousand roundings of the dtype (1e-4 in float32).
 
     Returns:
         (P, Z): of length :math:`\sqrt{v^\top G v}` equal to the distance.
@@ -80,29 +81,36 @@ def logarithm(
     Cost: `geodesics`, then 1 + Z calls of `exponential` a Newton step, two to four steps.
 
     Raises:
+        ShapeError: If the pairs do not fit each other.
+        DataError: If two ends are equal, or ``curves`` do not join the pairs.
+        NonFiniteError: If a code is not finite, or the metric along a curve is not, or is singular.
         UnsupportedError: If shooting does not come within the tolerance.
     """
-    found = geodesics(metric, starts, ends) if curves is None else curves
-    start, end = found.points[:, 0], found.points[:, -1]
+    start, end = checked_pairs(starts, ends)
+    found = geodesics(metric, start, end) if curves is None else curves
+    if not (torch.equal(found.points[:, 0], start) and torch.equal(found.points[:, -1], end)):
+        raise DataError("curves that join the pairs", "curves with other ends", "Give geodesics(metric, starts, ends).")
     velocity = found.spline()(torch.zeros(1).to(start), derivative=1)[:, 0]
-    scale = (end - start).norm(dim=1)
-    n, size = start.shape
-    nudge = max(tolerance, torch.finfo(start.dtype).eps) ** 0.5 * scale[:, None, None] * torch.eye(size).to(start)
-    fine = max(tolerance / 100, 10 * torch.finfo(start.dtype).eps)
-    best = torch.full_like(scale, torch.inf)
-    answer = velocity
+    scale, size = (end - start).norm(dim=1), start.shape[1]
+    tolerance = max(tolerance, 1000 * torch.finfo(start.dtype).eps)
+    axes = torch.eye(size).to(start)
+    best, answer = torch.full_like(scale, torch.inf), velocity.clone()
+    active = torch.arange(len(start), device=start.device)
     for _ in range(_NEWTON_STEPS):
-        shots = torch.cat([velocity[:, None], velocity[:, None] + nudge], 1).flatten(0, 1)
-        origins = start[:, None].expand(-1, 1 + size, -1).flatten(0, 1)
-        landed = exponential(metric, origins, shots, tolerance=fine)[0].reshape(n, 1 + size, size)
-        miss = (landed[:, 0] - end).norm(dim=1) / scale
-        answer = torch.where((miss < best)[:, None], velocity, answer)
-        best = torch.minimum(best, miss)
-        if bool((best <= tolerance).all()):
+        origins, nudge = start[active], tolerance**0.5 * scale[active, None, None]
+        shots = torch.cat([velocity[:, None], velocity[:, None] + nudge * axes], 1).flatten(0, 1)
+        origins = origins[:, None].expand(-1, 1 + size, -1).flatten(0, 1)
+        landed = exponential(metric, origins, shots, tolerance=tolerance / 100)[0].unflatten(0, (-1, 1 + size))
+        miss = (landed[:, 0] - end[active]).norm(dim=1) / scale[active]
+        is_better = miss < best[active]
+        answer[active[is_better]], best[active[is_better]] = velocity[is_better], miss[is_better]
+        slopes = ((landed[:, 1:] - landed[:, :1]) / nudge).mT
+        velocity = velocity + (torch.linalg.pinv(slopes) @ (end[active] - landed[:, 0])[..., None])[..., 0]
+        is_far = miss > tolerance
+        active, velocity = active[is_far], velocity[is_far]
+        if not len(active):
             return answer
-        slopes = ((landed[:, 1:] - landed[:, :1]) / nudge.diagonal(dim1=-2, dim2=-1)[:, :, None]).mT
-        velocity = velocity + (torch.linalg.pinv(slopes) @ (end - landed[:, 0])[..., None])[..., 0]
-    got = f"{int((best > tolerance).sum())} of {n} ends missed by up to {float(best.max()):.2g} of the distance"
+    got = f"{len(active)} of {len(best)} ends missed by up to {float(best.max()):.2g} of the distance"
     raise UnsupportedError("shooting that hits the ends", got, "Raise the tolerance, or split long curves.")
 
 
@@ -116,8 +124,8 @@ def parallel_transport(
     Args:
         metric: G, differentiable in torch.
         curve: P curves with a slope, such as ``geodesics(...).spline()``.
-        vectors: At the starts, (P, Z).
-        tolerance: Local error of a step; float32 metrics need 1e-5 or more.
+        vectors: At the starts, (P, Z); gradients do not pass.
+        tolerance: Local error of a step; never below ten roundings of the dtype (1e-6 in float32).
         max_steps: Steps before giving up.
 
     Returns:
@@ -129,8 +137,8 @@ def parallel_transport(
 
     Raises:
         ShapeError: If there are not as many vectors as curves.
-        NonFiniteError: If the metric along the curve is not finite, or singular.
-        UnsupportedError: If the end is not reached in ``max_steps``.
+        NonFiniteError: If a vector or the metric along the curve is not finite, or the metric singular.
+        UnsupportedError: If the end is not reached in ``max_steps``, or torch cannot differentiate the metric.
     """
     vectors = checked_points("vectors", vectors)
     _check_alike("vectors", vectors, curve(torch.zeros(1).to(vectors))[:, 0])
@@ -138,10 +146,9 @@ def parallel_transport(
     def rate(times: Tensor, state: Tensor, rows: Tensor) -> Tensor:
         # curves evaluate all P at common times: each row picks its own
         chosen = torch.arange(len(rows), device=rows.device)
-        position = curve(times)[rows, chosen]
-        slope = curve(times, derivative=1)[rows, chosen]
-        symbols = christoffel(metric, position).detach()
-        return -torch.einsum("bkij,bi,bj->bk", symbols, slope, state)
+        position = curve(times)[rows, chosen].detach()
+        slope = curve(times, derivative=1)[rows, chosen].detach()
+        return -torch.einsum("bkij,bi,bj->bk", symbols_or_nan(metric, position), slope, state)
 
     return integrate(rate, vectors, tolerance=tolerance, max_steps=max_steps)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import ShapeError
-from bayesae.geometry.derivatives import Decoder, gradient_and_hessian, with_columns
+from bayesae.geometry.derivatives import Decoder, check_outputs, gradient_and_hessian, rows_at_once, with_columns
 from bayesae.geometry.fisher import Fisher
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 
@@ -81,22 +81,33 @@ class Metric(SegmentEnergy):
 
     def segments(self, points: Tensor) -> Tensor:
         """Squared length of every segment by the metric in its middle, (P, n), float64."""
-        ends = torch.cat([points[:, :-1], points[:, 1:]], -1)
-        return self._squared(ends.flatten(0, 1)).detach().double().reshape(len(points), -1)
+        ends = torch.cat([points[:, :-1], points[:, 1:]], -1).flatten(0, 1)
+        rows = self._rows_at_once(points[0, :1], 1 + points.shape[2])
+        with torch.no_grad():
+            squared = torch.cat([self._squared(part) for part in ends.split(rows)])
+        return squared.double().reshape(len(points), -1)
 
     def expansion(self, points: Tensor, *, has_curvature: bool) -> Expansion:
         """Gradient and Hessian by forward over reverse in the 2 Z coordinates of a segment's ends."""
         n_curves, n_segments, n_latents = len(points), points.shape[1] - 1, points.shape[2]
         ends = torch.cat([points[:, :-1], points[:, 1:]], -1).flatten(0, 1)
-        first, second = gradient_and_hessian(lambda e: self._squared(e).sum(), ends)
+        parts = ends.split(self._rows_at_once(points[0, :1], 4 * n_latents * (1 + n_latents)))
+        middles = (ends[:, :n_latents] + ends[:, n_latents:]) / 2
+        with torch.no_grad():  # none of the decoder's own parameters
+            found = [gradient_and_hessian(lambda e: self._squared(e).sum(), part) for part in parts]
+            held = 2 * torch.cat([self(part) for part in middles.split(len(parts[0]))]).double()
+        first, second = (torch.cat(each) for each in zip(*found, strict=True))
         first = first.double().reshape(n_curves, n_segments, 2, n_latents)
         second = second.double().reshape(n_curves, n_segments, 2, n_latents, 2, n_latents).transpose(3, 4)
         hessian = BlockTridiagonal(second[:, 1:, 0, 0] + second[:, :-1, 1, 1], second[:, 1:-1, 0, 1])
-        held = 2 * self((ends[:, :n_latents] + ends[:, n_latents:]) / 2).detach().double()
         held = held.reshape(n_curves, n_segments, n_latents, n_latents)
         stiffness = BlockTridiagonal(held[:, 1:] + held[:, :-1], -held[:, 1:-1])
         rest = BlockTridiagonal(hessian.diagonal - stiffness.diagonal, hessian.upper - stiffness.upper)
         return Expansion(first[:, 1:, 0] + first[:, :-1, 1], stiffness, rest if has_curvature else None)
+
+    def _rows_at_once(self, code: Tensor, n_passes: int) -> int:
+        """How many segments fit in memory, from a code (1, Z) and the passes of the decoder that each costs."""
+        return 2**20
 
     def _squared(self, ends: Tensor) -> Tensor:
         """Of ends (B, 2 Z): (B,)."""
@@ -155,7 +166,8 @@ class FisherPullback(Metric):
     Exact when: always, given the draws; segments are measured in their middles.
     Biased when: read as the metric of the predictive, whose mixture over weights has less information than its parts.
     Cost: 1 + Z forward passes of S rows a code.
-    Raises: UnsupportedError if torch cannot differentiate the decoder forwards.
+    Raises: ShapeError if the outputs are not (S, B, \*D), UnsupportedError if torch cannot differentiate the decoder
+        forwards.
 
     References:
         | Pulling Back Information Geometry (Arvanitidis et al., 2022)
@@ -167,6 +179,10 @@ class FisherPullback(Metric):
     def __call__(self, z: Tensor) -> Tensor:
         """G (B, Z, Z)."""
         outputs, columns = with_columns(self.decoder, z)
+        check_outputs(outputs, len(z))
         weighted = torch.stack([self.fisher(outputs, column) for column in columns])
         products = torch.einsum("isbd,jsbd->bij", columns.flatten(3), weighted.flatten(3)) / len(outputs)
         return (products + products.mT) / 2
+
+    def _rows_at_once(self, code: Tensor, n_passes: int) -> int:
+        return rows_at_once(self.decoder, code, n_passes)

@@ -33,16 +33,18 @@ def integrate(
     Args:
         rate: Times (A,), states (A, Y) and the numbers (A,) of the rows that they belong to, to derivatives (A, Y).
         state: (B, Y).
-        tolerance: Largest local error of a step: absolute, and relative to the state.
+        tolerance: Largest local error of a step: absolute, and relative to the state; ten roundings at least.
         max_steps: Steps tried before giving up.
 
     Returns:
         (B, Y).
 
     Raises:
-        NonFiniteError: If steps shrink to nothing because the rate is not finite.
+        NonFiniteError: If steps shrink to nothing because the rate is not finite; where a trial alone runs into such
+            values, the step is shortened.
         UnsupportedError: If time 1 is not reached in ``max_steps``.
     """
+    tolerance = max(tolerance, 10 * torch.finfo(state.dtype).eps)
     state, times = state.clone(), torch.zeros(len(state), dtype=state.dtype, device=state.device)
     steps = torch.full_like(times, 0.05)
     rows = torch.arange(len(state), device=state.device)
@@ -64,8 +66,10 @@ def integrate(
         steps[rows] = h * factor
         is_stuck = steps[rows] < 1e-12
         if is_stuck.any():
-            got = f"{int(is_stuck.sum())} of {len(state)} curves that run into values that are not finite"
-            raise NonFiniteError("a metric that is finite along the curve", got, "Shorten the velocity.")
+            got = f"{int(is_stuck.sum())} of {len(state)} curves that run into one that is not, at most"
+            got = f"{got} to time {float(times[rows[is_stuck]].max()):.3g}"
+            fix = "Shorten the velocity; does the decoder change along every code dimension there?"
+            raise NonFiniteError("a metric that is finite and positive definite along the curve", got, fix)
         rows = rows[times[rows] < 1 - 1e-12]
     if not len(rows):
         return state

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bayesae.geometry.derivatives import Decoder, columns_and_bending, flat_outputs, with_columns
+from bayesae.geometry.derivatives import Decoder, columns_and_bending, flat_outputs, rows_at_once, with_columns
 from bayesae.geometry.metrics import Expansion, Metric, SegmentEnergy
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 
 __all__ = ["IndependentDraws", "Pullback"]
-
-# of outputs and derivatives at once: on a CPU larger blocks are handed back to the system each time, and cost twice
-_NUMBERS_ON_CPU, _NUMBERS_ON_DEVICE = 2**22, 2**25
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,8 @@ class _OfOutputs(SegmentEnergy):
 
     def expansion(self, points: Tensor, *, has_curvature: bool) -> Expansion:
         """Gradient and Hessian: some 2 + Z passes a node for the positive part, twice that for all."""
-        parts = [self._expansion(part, has_curvature) for part in self._parts(points, 1 + points.shape[2])]
+        with torch.no_grad():  # none of the decoder's own parameters
+            parts = [self._expansion(part, has_curvature) for part in self._parts(points, 1 + points.shape[2])]
         diagonal = torch.cat([part.stiffness.diagonal for part in parts])
         stiffness = BlockTridiagonal(diagonal, torch.cat([part.stiffness.upper for part in parts]))
         curvature = [part.curvature.diagonal for part in parts if part.curvature is not None]
@@ -55,15 +51,14 @@ class _OfOutputs(SegmentEnergy):
 
     def _expansion(self, points: Tensor, has_curvature: bool) -> Expansion:
         inner, shape = points[:, 1:-1].flatten(0, 1), (points.shape[0], points.shape[1] - 2)
-        with torch.no_grad():
-            nodes = self._decode(points)
+        nodes = self._decode(points)
         n_draws, seen = len(nodes), self._coupled(nodes)
         pull = (2 * nodes[:, :, 1:-1] - seen[:, :, :-2] - seen[:, :, 2:]) * (2 / n_draws)
         bending = None
         if has_curvature:
             columns, bending = columns_and_bending(self._flat, inner, pull.flatten(1, 2))
         else:
-            columns = with_columns(self._flat, inner)[1].detach()
+            columns = with_columns(self._flat, inner)[1]
         columns = columns.unflatten(2, shape)
         gradient = torch.einsum("zspnd,spnd->pnz", columns, pull)
         diagonal = torch.einsum("yspnd,zspnd->pnyz", columns, columns) * (4 / n_draws)
@@ -82,13 +77,9 @@ class _OfOutputs(SegmentEnergy):
         """(S, P, n + 1, D)."""
         return flat_outputs(self.decoder, points.flatten(0, 1)).unflatten(1, points.shape[:2])
 
-    def _parts(self, points: Tensor, n_passes: int) -> Iterator[Tensor]:
+    def _parts(self, points: Tensor, n_passes: int) -> tuple[Tensor, ...]:
         """Some curves at a time, so that memory stays bounded."""
-        with torch.no_grad():
-            one = flat_outputs(self.decoder, points[0, :1])
-        numbers = one.numel() * points.shape[1] * n_passes
-        most = _NUMBERS_ON_CPU if points.device.type == "cpu" else _NUMBERS_ON_DEVICE
-        return iter(points.split(max(1, math.floor(most / numbers))))
+        return points.split(max(1, rows_at_once(self.decoder, points[0, :1], n_passes) // points.shape[1]))
 
 
 @dataclass(frozen=True)

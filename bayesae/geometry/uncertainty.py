@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,16 @@ class DistanceDraws:
         return self.lengths.mean(0)
 
     def variation(self) -> Tensor:
-        """Standard deviation over draws (divisor S - 1) as a share of the mean, (P,)."""
+        """Standard deviation over draws (divisor S - 1) as a share of the mean, (P,).
+
+        Returns:
+            The shares.
+
+        Raises:
+            DataError: If there is one draw only.
+        """
+        if len(self.lengths) < 2:
+            raise DataError("two weight draws or more", f"{len(self.lengths)}", "Ask the decoder for more.")
         return self.lengths.std(0) / self.lengths.mean(0)
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
@@ -88,37 +98,42 @@ def distance_draws(
     *,
     curves: Literal["own", "expected"] = "own",
     n_segments: int = 32,
+    initial: Tensor | None = None,
     tolerance: float = 1e-6,
 ) -> DistanceDraws:
     r"""Distances between codes under every draw of the decoder's weights.
 
     Args:
-        decoder: Codes (B, Z) to outputs (S, B, \*D).
-        starts: (P, Z).
+        decoder: Codes (B, Z) to outputs (S, B, \*D); one with ``singles``, such as `Predictive.decoder` and
+            `DecoderDraws`, is asked for one draw at a time where that is all it takes.
+        starts: (P, Z); gradients do not pass.
         ends: (P, Z).
         curves: Whose curves are measured under a draw: its "own" geodesics, which makes them its distances, or those of
-            the "expected" metric, which are the same for all and never shorter.
+            the "expected" metric, which are the same for all, cost less, and are longer where draws bend differently.
         n_segments: Of the curves.
+        initial: As in `geodesics`, for the curves of all draws.
         tolerance: Of `geodesics`.
 
     Returns:
         Lengths (S, P), from which mean, interval and variation come.
 
     Exact when: the outputs are linear in the code: :math:`\|W_s (b - a)\|`.
-    Biased when: the codes themselves move with the weights: they are held here.
-    Cost: "expected": one `geodesics`. "own": S of them, each of which decodes under all S draws.
+    Biased when: the codes themselves move with the weights: they are held here. Or as `geodesics` is.
+    Cost: "expected": one `geodesics`. "own": S of them, of one draw each: about as much in all, and S times that where
+        the decoder has no ``singles``, so that each decodes under all draws.
 
     Raises:
-        DataError: If two ends are equal.
+        ShapeError: If the pairs do not fit each other, or ``initial`` does not fit them.
+        DataError: If two ends are equal, or ``curves`` is another word.
         NonFiniteError: If a code or an energy is not finite.
+        UnsupportedError: If outputs do not change along a straight line, or have no derivative.
     """
     starts, ends = checked_pairs(starts, ends)
+    if curves not in ("own", "expected"):
+        raise DataError("curves of 'own' or 'expected'", f"{curves!r}", "'own' gives distances.")
     if curves == "own":
-        each = _own(decoder, starts, ends, n_segments, tolerance)
-        return DistanceDraws(
-            torch.stack([one.length for one in each]), torch.stack([one.has_converged for one in each])
-        )
-    found = geodesics(Pullback(decoder), starts, ends, n_segments=n_segments, tolerance=tolerance)
+        return _own(decoder, starts, ends, n_segments, initial, tolerance)[0]
+    found = geodesics(Pullback(decoder), starts, ends, n_segments=n_segments, initial=initial, tolerance=tolerance)
     with torch.no_grad():
         outputs = flat_outputs(decoder, found.points.flatten(0, 1)).unflatten(1, found.points.shape[:2])
     lengths = (outputs[:, :, 1:] - outputs[:, :, :-1]).double().norm(dim=-1).sum(-1)
@@ -126,39 +141,48 @@ def distance_draws(
 
 
 def geodesic_band(
-    decoder: Decoder, starts: Tensor, ends: Tensor, *, n_segments: int = 32, tolerance: float = 1e-6
+    decoder: Decoder,
+    starts: Tensor,
+    ends: Tensor,
+    *,
+    n_segments: int = 32,
+    initial: Tensor | None = None,
+    tolerance: float = 1e-6,
 ) -> GeodesicBand:
     r"""Geodesics of the expected metric with the spread of the draws' own around them.
 
     Args:
-        decoder: Codes (B, Z) to outputs (S, B, \*D).
-        starts: (P, Z).
+        decoder: Codes (B, Z) to outputs (S, B, \*D), as in `distance_draws`.
+        starts: (P, Z); gradients do not pass.
         ends: (P, Z).
         n_segments: Of the curves.
+        initial: As in `geodesics`, for all curves.
         tolerance: Of `geodesics`.
 
     Returns:
         The curves.
 
     Exact when: the outputs are linear in the code: all curves are straight, and the band has no width.
-    Biased when: the codes themselves move with the weights: they are held here.
+    Biased when: the codes themselves move with the weights: they are held here. Draws that take different ways around
+        a hill make a wide band with none of them in its middle.
     Cost: as `distance_draws` with "own" curves, and one `geodesics` more.
 
     Raises:
+        ShapeError: If the pairs do not fit each other, or ``initial`` does not fit them.
         DataError: If two ends are equal.
         NonFiniteError: If a code or an energy is not finite.
+        UnsupportedError: If outputs do not change along a straight line, or have no derivative.
     """
     starts, ends = checked_pairs(starts, ends)
-    expected = geodesics(Pullback(decoder), starts, ends, n_segments=n_segments, tolerance=tolerance)
-    each = _own(decoder, starts, ends, n_segments, tolerance)
-    distances = DistanceDraws(
-        torch.stack([one.length for one in each]), torch.stack([one.has_converged for one in each])
-    )
-    return GeodesicBand(expected, torch.stack([one.points for one in each]), distances)
+    expected = geodesics(Pullback(decoder), starts, ends, n_segments=n_segments, initial=initial, tolerance=tolerance)
+    distances, points = _own(decoder, starts, ends, n_segments, initial, tolerance)
+    return GeodesicBand(expected, points, distances)
 
 
 @dataclass(frozen=True)
 class _OneDraw:
+    """One draw of a decoder that gives all at once only."""
+
     decoder: Decoder
     number: int
 
@@ -166,21 +190,34 @@ class _OneDraw:
         return self.decoder(z)[self.number : self.number + 1]
 
 
-def _own(decoder: Decoder, starts: Tensor, ends: Tensor, n_segments: int, tolerance: float) -> list[Geodesics]:
-    """Each draw's geodesics; one warning for all of them."""
+def _singles(decoder: Decoder, code: Tensor) -> Sequence[Decoder]:
+    """Decoders of one draw each; a code (1, Z) finds out how many there are."""
+    singles = getattr(decoder, "singles", None)
+    if singles is not None:
+        return singles
     with torch.no_grad():
-        n_draws = len(decoder(starts[:1]))
+        n_draws = len(flat_outputs(decoder, code))
+    return [_OneDraw(decoder, number) for number in range(n_draws)]
+
+
+def _own(
+    decoder: Decoder, starts: Tensor, ends: Tensor, n_segments: int, initial: Tensor | None, tolerance: float
+) -> tuple[DistanceDraws, Tensor]:
+    """Lengths and points of each draw's geodesics; one warning for all of them."""
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        for number in range(n_draws):
-            metric = Pullback(_OneDraw(decoder, number))
-            found.append(geodesics(metric, starts, ends, n_segments=n_segments, tolerance=tolerance))
-    n_failed = sum(int((~one.has_converged).sum()) for one in found)
+        for single in _singles(decoder, starts[:1]):
+            metric = Pullback(single)
+            found.append(geodesics(metric, starts, ends, n_segments=n_segments, initial=initial, tolerance=tolerance))
+    distances = DistanceDraws(
+        torch.stack([one.length for one in found]), torch.stack([one.has_converged for one in found])
+    )
+    n_failed = int((~distances.has_converged).sum())
     if n_failed:
-        text = f"{n_failed} of {n_draws * len(starts)} geodesics of single draws have not converged"
+        text = f"{n_failed} of {distances.has_converged.numel()} geodesics of single draws have not converged"
         warnings.warn(f"{text}. See .has_converged; allow more segments.", RuntimeWarning, stacklevel=3)
-    return found
+    return distances, torch.stack([one.points for one in found])
 
 
 def _central(values: Tensor, level: float) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # the caller made the axes; importing the library should not 
 
 __all__ = ["code_curves", "curve_band", "film_strip", "volume_background"]
 
+_CODES_AT_ONCE = 512  # a metric decodes each Z + 1 times under every draw
+
 
 def volume_background(
     axes: Axes,
@@ -49,7 +51,9 @@ def volume_background(
         raise ShapeError("corners (2,)", f"{tuple(low.shape)} and {tuple(high.shape)}", "Codes have two dimensions.")
     shares = (torch.arange(n).to(low) + 0.5) / n  # the middles of cells
     across, up = (low[i] + shares * (high[i] - low[i]) for i in (0, 1))
-    values = log_volume(torch.cartesian_prod(up, across).flip(1)).detach().reshape(n, n)
+    codes = torch.cartesian_prod(up, across).flip(1)
+    with torch.no_grad():
+        values = torch.cat([log_volume(part) for part in codes.split(_CODES_AT_ONCE)]).reshape(n, n)
     if not bool(torch.isfinite(values).all()):
         n_bad = int((~torch.isfinite(values)).sum())
         raise NonFiniteError("finite volume elements", f"{n_bad} of {n * n} that are not", "Draw a smaller rectangle.")
@@ -102,7 +106,10 @@ def curve_band(axes: Axes, points: Tensor, *, colour: str = "white", label: str 
     Raises:
         ShapeError: If curves are not (S, P, n + 1, 2).
     """
-    shown = _points("draws", points.flatten(0, 1) if points.dim() == 4 else points)
+    if points.dim() != 4:
+        fix = "Give those of all draws, such as geodesic_band(...).points."
+        raise ShapeError("curves (S, P, n + 1, 2)", f"{tuple(points.shape)}", fix)
+    shown = _points("draws", points.flatten(0, 1))
     for row, one in enumerate(shown):
         axes.plot(one[:, 0], one[:, 1], color=colour, linewidth=0.5, alpha=0.5, label=None if row else label)
     return axes

@@ -18,10 +18,11 @@ from bayesae.codes import CodePosterior, encode
 from bayesae.codes.base import score_outputs
 from bayesae.data import Data, as_rows, as_tensor, check_counts
 from bayesae.draws import Draws, Moments, concatenate_rows, concatenate_weight_draws
-from bayesae.errors import ShapeError, UnsupportedError
+from bayesae.errors import UnsupportedError
 from bayesae.families import Mixture
 from bayesae.functional import check_complete, check_finite, n_draws, select_draws
 from bayesae.models import Autoencoder
+from bayesae.predictive.decoders import DrawnDecoder
 from bayesae.predictive.mixtures import mixed
 from bayesae.predictive.streams import Pool, check_chunk, check_size, chunks, joined, linearise, spread
 from bayesae.types import Batch, Params, WeightPosterior
@@ -265,7 +266,7 @@ class Predictive:
 
     def decoder(
         self, n_weight_draws: int | None = None, *, context: Tensor | None = None, seed: int | None = None
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> DrawnDecoder:
         r"""The decoder under weight draws that are fixed once, as geometry needs it.
 
         Args:
@@ -274,23 +275,15 @@ class Predictive:
             seed: As in a call.
 
         Returns:
-            A differentiable function from codes (B, Z) to data-space means (S, B, \*O). It raises `ShapeError` if
-            there are neither one context nor as many as codes.
+            A differentiable function from codes (B, Z) to data-space means (S, B, \*O); its ``singles`` are those of
+            one draw each. It raises `ShapeError` if there are neither one context nor as many as codes.
         """
         if context is not None:
             context = as_tensor(context)
             context = context[:, None] if context.dim() == 1 else context.flatten(1)
         with random.scope(seed, self.model.reference.device):
-            some = [(own, own.weights.sample(n)) for own, n in self._shares(self._n_draws(n_weight_draws))]
-
-        def decode(z: Tensor) -> Tensor:
-            if context is not None and len(context) not in (1, len(z)):
-                fix = "Give one for every code, or one, of shape (1, C), for all."
-                raise ShapeError(f"contexts of {len(z)} codes", f"{len(context)}", fix)
-            given = None if context is None else context.to(z).expand(len(z), -1)
-            return torch.cat([own._decode(params, z, given) for own, params in some])
-
-        return decode
+            shares = [(own._decode, own.weights.sample(n)) for own, n in self._shares(self._n_draws(n_weight_draws))]
+        return DrawnDecoder(tuple(shares), context)
 
     def _decode(self, params: Params, z: Tensor, context: Tensor | None) -> Tensor:
         if not self.is_linearised:

@@ -30,29 +30,33 @@ def torus_metric(z):
     return torch.diag_embed(torch.stack([torch.full_like(ring, narrow**2), ring.square()], -1))
 
 
-def half_plane(z):
-    return torch.eye(2).to(z) / z[:, 1, None, None] ** 2
+def half_space(z):
+    return torch.eye(z.shape[1]).to(z) / z[:, -1, None, None] ** 2
 
 
 SPHERE = geometry.Pullback(sphere)
 TORUS = geometry.Pullback(torus)
 SPHERE_METRIC = geometry.MetricFunction(sphere_metric)  # as SPHERE, and cheaper to differentiate
 TORUS_METRIC = geometry.MetricFunction(torus_metric)
-HYPERBOLIC = geometry.MetricFunction(half_plane)
+HYPERBOLIC = geometry.MetricFunction(half_space)  # of any dimension
 
 
 def codes(n, seed=0, low=(0.5, 0.5), high=(2.5, 2.5)):
     generator = torch.Generator().manual_seed(seed)
     low, high = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
-    return low + (high - low) * torch.rand(n, 2, generator=generator, dtype=torch.float64)
+    return low + (high - low) * torch.rand(n, len(low), generator=generator, dtype=torch.float64)
+
+
+def boxed(n, n_latents, seed=0):
+    return codes(n, seed, (0.5,) * n_latents, (2.5,) * n_latents)
 
 
 def sphere_distance(a, b):
     return torch.arccos((sphere(a)[0] * sphere(b)[0]).sum(-1))
 
 
-def half_plane_distance(a, b):
-    return torch.arccosh(1 + (a - b).square().sum(-1) / (2 * a[:, 1] * b[:, 1]))
+def hyperbolic_distance(a, b):
+    return torch.arccosh(1 + (a - b).square().sum(-1) / (2 * a[:, -1] * b[:, -1]))
 
 
 def linear(n_draws=3, n_outputs=7, n_latents=2, seed=0):

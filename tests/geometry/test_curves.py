@@ -84,11 +84,51 @@ def test_chords_and_metric_agree_on_a_linear_decoder():
     assert_close(geometry.chord_length(metric, line), geometry.length(metric, geometry.Polyline(line)))
 
 
+def test_gradients_do_not_pass_by_half():
+    """The metric is held fixed in an energy; so is everything else."""
+    points = codes(8).reshape(2, 4, 2).requires_grad_()
+    for found in (
+        geometry.energy(SPHERE, geometry.CubicSpline(points)),
+        geometry.length(SPHERE, geometry.Polyline(points)),
+        geometry.chord_energy(HYPERBOLIC, points),
+        geometry.chord_length(SPHERE, points),
+    ):
+        assert not found.requires_grad
+
+
+def test_nothing_is_measured_in_silence():
+    points = codes(8).reshape(2, 4, 2)
+    broken = geometry.Pullback(lambda z: SPHERE.decoder(z).sqrt())
+    tilted = geometry.MetricFunction(lambda z: torch.diag(torch.tensor([1.0, -1.0])).to(z).expand(len(z), 2, 2))
+    for measure in (geometry.chord_energy, geometry.chord_length):
+        with pytest.raises(bae.errors.NonFiniteError, match="finite squared lengths of segments"):
+            measure(broken, 2 * points)
+        with pytest.raises(bae.errors.DataError, match="a positive definite metric"):
+            measure(tilted, points)
+        with pytest.raises(bae.errors.ShapeError, match=r"points \(P, n \+ 1, Z\)"):
+            measure(SPHERE, points[0])
+    for measure in (geometry.energy, geometry.length):
+        with pytest.raises(bae.errors.NonFiniteError, match="a unit of time"):
+            measure(broken, geometry.Polyline(2 * points))
+        with pytest.raises(bae.errors.DataError, match="a positive definite metric"):
+            measure(tilted, geometry.Polyline(points))
+
+
+def test_what_rounding_puts_below_zero_is_zero():
+    rounded = geometry.MetricFunction(lambda z: torch.diag(torch.tensor([1.0, -1e-12])).to(z).expand(len(z), 2, 2))
+    square = torch.tensor([[[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)
+    assert_close(geometry.chord_length(rounded, square), torch.ones(1, dtype=torch.float64))
+
+
 def test_what_is_refused():
     points = codes(4).reshape(1, 4, 2)
     with pytest.raises(bae.errors.ShapeError, match="derivative 0 or 1"):
         geometry.Polyline(points)(TIMES, derivative=2)
     with pytest.raises(bae.errors.ShapeError, match="derivative 0, 1 or 2"):
         geometry.CubicSpline(points)(TIMES, derivative=3)
-    with pytest.raises(bae.errors.ShapeError, match=r"points \(P, n \+ 1, Z\)"):
-        geometry.CubicSpline(points[0])
+    for curve in (geometry.CubicSpline, geometry.Polyline):
+        for wrong in (points[0], points[:, :1], points.long()):
+            with pytest.raises(bae.errors.ShapeError, match=r"points \(P, n \+ 1, Z\)"):
+                curve(wrong)
+    with pytest.raises(bae.errors.ShapeError, match=r"slopes \(1, 2, 2\)"):
+        geometry.CubicSpline(points, points[0, :2])

@@ -14,8 +14,9 @@ from bayesae import geometry
 from tests.geometry.surfaces import (
     HYPERBOLIC,
     SPHERE_METRIC,
+    boxed,
     codes,
-    half_plane_distance,
+    hyperbolic_distance,
     linear,
     sphere,
     sphere_distance,
@@ -45,7 +46,7 @@ def test_a_grid_is_within_its_directions_of_a_plane():
 def test_distances_of_a_curved_space():
     z = codes(10, low=(0.5, 1.0))
     found = geometry.distance_matrix(HYPERBOLIC, geometry.grid_graph(HYPERBOLIC, z, n_cells=50), 10, n_checked=20)
-    exact = all_pairs(half_plane_distance, z)
+    exact = all_pairs(hyperbolic_distance, z)
     off = ~torch.eye(10, dtype=torch.bool)
     assert ((found.matrix - exact)[off] / exact[off]).abs().median() < 0.02
     assert torch.equal(found.matrix, found.matrix.T) and (found.matrix.diagonal() == 0).all()
@@ -132,6 +133,49 @@ def test_the_mean_on_the_sphere_has_no_mean_logarithm():
     assert sphere(found[None])[0, 0, 0] == pytest.approx(1, abs=1e-6)
 
 
+def test_a_grid_over_a_thin_range():
+    """One code dimension has nearly collapsed: a cell or two lie across it."""
+    for thin in (0.002, 0.02, 0.04):
+        z = codes(8, low=(0.0, 0.0), high=(2.0, thin))
+        for some in (z, z.flip(1)):
+            graph = geometry.grid_graph(geometry.Euclidean(), some, n_cells=50, margin=0.0)
+            found = geometry.distance_matrix(geometry.Euclidean(), graph, 8, n_checked=0).matrix
+            assert (found >= exactly(some) * (1 - 1e-12)).all()
+            assert (found <= 1.014 * exactly(some) + 0.12).all()
+
+
+def test_a_metric_that_is_not_finite_is_no_graph():
+    z = codes(4)
+    broken = geometry.MetricFunction(lambda c: (c[:, :1, None] - 1).log() * torch.eye(2).to(c))
+    with pytest.raises(bae.errors.NonFiniteError, match="at nodes of the grid"):
+        geometry.grid_graph(broken, z, n_cells=5)
+    with pytest.raises(bae.errors.NonFiniteError, match="of segments"):
+        geometry.neighbour_graph(broken, z)
+
+
+def test_distances_in_three_dimensions():
+    """Along the neighbours of many codes; no grid is needed."""
+    z = boxed(150, 3)
+    graph = geometry.neighbour_graph(HYPERBOLIC, z, n_neighbours=25)
+    found = geometry.distance_matrix(HYPERBOLIC, graph, 150, n_checked=10)
+    exact = all_pairs(hyperbolic_distance, z)
+    off = ~torch.eye(150, dtype=torch.bool)
+    assert (found.matrix[off] >= exact[off] * 0.999).all()  # a line's chords are short by their order
+    assert (found.matrix / exact)[off].median() < 1.05
+    checked = exact[found.pairs[:, 0], found.pairs[:, 1]]
+    assert_close(found.solved, checked, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_in_any_dimension_and_dtype(dtype):
+    """Of two codes it is the middle of their geodesic, which in hyperbolic space is as far from both."""
+    z = boxed(2, 3).to(dtype)
+    found = geometry.frechet_mean(HYPERBOLIC, z).double()[None]
+    whole = hyperbolic_distance(z[:1].double(), z[1:].double())
+    for one in z.double():
+        assert_close(hyperbolic_distance(one[None], found), whole / 2, rtol=1e-3, atol=0)
+
+
 def test_what_is_refused():
     z = codes(4)
     with pytest.raises(bae.errors.ShapeError, match=r"codes \(N, 2\)"):
@@ -156,5 +200,7 @@ def test_what_is_refused():
         geometry.k_medoids(torch.cdist(z, z), 5)
     with pytest.raises(bae.errors.NonFiniteError, match="finite distances"):
         geometry.k_medoids(torch.full((3, 3), math.nan), 1)
+    with pytest.raises(bae.errors.ShapeError, match=r"a start \(2,\)"):
+        geometry.frechet_mean(HYPERBOLIC, z, start=z)
     with pytest.raises(bae.errors.DataError, match="steps that come to rest"):
         geometry.frechet_mean(HYPERBOLIC, z, max_iterations=1, tolerance=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import geometry
+from bayesae.geometry.geodesics import _Solver
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 from tests.geometry.surfaces import (
     HYPERBOLIC,
     RADII,
     SPHERE,
     TORUS,
+    boxed,
     codes,
-    half_plane_distance,
+    hyperbolic_distance,
     linear,
     network,
     sphere,
@@ -72,7 +75,7 @@ def test_hyperbolic_lines():
     starts, ends = codes(12), codes(12, seed=1)
     found = geometry.geodesics(HYPERBOLIC, starts, ends)
     assert found.has_converged.all()
-    assert_close(found.length, half_plane_distance(starts, ends), rtol=1e-3, atol=0)
+    assert_close(found.length, hyperbolic_distance(starts, ends), rtol=1e-3, atol=0)
 
 
 def test_circles_of_the_torus():
@@ -165,6 +168,49 @@ def test_nothing_of_the_caller_changes():
     assert torch.equal(before[0], starts) and torch.equal(before[1], ends) and starts.grad is None
 
 
+def test_residuals_are_those_of_the_points():
+    """Also where the steps run out, on the last level or one before."""
+    starts, ends = codes(4), codes(4, seed=1)
+    for max_iterations in (1, 2, 3, 100):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = geometry.geodesics(SPHERE, starts, ends, n_segments=8, max_iterations=max_iterations)
+        assert_close(found.residual, _Solver(SPHERE, 0.0, 1).residual(found.points))
+        squared = SPHERE.segments(found.points)
+        assert_close(found.energy, 8 * squared.sum(1))
+        assert_close(found.length, squared.sqrt().sum(1))
+
+
+def test_a_residual_is_the_share_that_a_newton_step_gains():
+    """Near the minimum, where the energy is its expansion, that is how far the energy lies above the minimum's."""
+    starts, ends = codes(4), codes(4, seed=1)
+    least = geometry.geodesics(SPHERE, starts, ends, n_segments=8, tolerance=1e-14)
+    nearby = least.points.clone()
+    nearby[:, 1:-1] += 1e-3 * (codes(28, seed=2) - 1.5).reshape(4, 7, 2)
+    share = 1 - least.energy / geometry.chord_energy(SPHERE, nearby)
+    assert_close(_Solver(SPHERE, 0.0, 1).residual(nearby), share, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("n_latents", [1, 3])
+def test_other_dimensions(n_latents):
+    starts, ends = boxed(6, n_latents), boxed(6, n_latents, seed=1)
+    found = geometry.geodesics(HYPERBOLIC, starts, ends)
+    assert found.has_converged.all()
+    assert_close(found.length, hyperbolic_distance(starts, ends), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("metric", [HYPERBOLIC, geometry.Pullback(lambda z: torch.cat([z.exp(), z.sin()], 1)[None])])
+def test_straight_lines_at_another_speed(metric):
+    """In one dimension every way is the straight line: what is found are equal steps, no longer and no shorter."""
+    starts, ends = boxed(4, 1), boxed(4, 1, seed=1)
+    found = geometry.geodesics(metric, starts, ends, tolerance=1e-9)
+    assert found.has_converged.all() and not found.is_straight.any()
+    assert (found.length <= found.straight_length).all() and (found.energy < found.length**2 * (1 + 1e-3)).all()
+    steps = metric.segments(found.points).sqrt()
+    assert (steps.amax(1) < 1.001 * steps.amin(1)).all()  # an energy to 1e-9 has steps to its root
+    assert_close(found.length, found.straight_length, rtol=2e-3, atol=0)
+
+
 @pytest.mark.slow
 def test_lengths_are_those_of_a_boundary_value_solver():
     """A small trained decoder; SciPy solves the geodesic equation by collocation."""
@@ -226,7 +272,7 @@ def test_decoders_without_a_derivative(decoder, message):
 
 
 def test_decoders_that_are_not_finite():
-    with pytest.raises(bae.errors.NonFiniteError, match="finite energies along straight lines"):
+    with pytest.raises(bae.errors.NonFiniteError, match="finite squared lengths of segments of straight lines"):
         geometry.geodesics(geometry.Pullback(lambda z: sphere(z).log()), codes(2), codes(2, seed=1) + 2)
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import geometry
-from tests.geometry.surfaces import HYPERBOLIC, RADII, SPHERE, TORUS, codes, linear
+from tests.geometry.surfaces import HYPERBOLIC, RADII, SPHERE, TORUS, boxed, codes, linear, network
 
 
 def test_curvature_of_known_surfaces():
@@ -52,10 +52,55 @@ def test_symbols_of_the_sphere():
     assert_close(found, expected)
 
 
+def test_curvature_of_planes_in_three_dimensions():
+    """Hyperbolic space is alike in all; a sphere times a line is curved in one plane only."""
+    z, u, v = boxed(6, 3), boxed(6, 3, seed=1), boxed(6, 3, seed=2) - 1.5
+    assert_close(geometry.sectional_curvature(HYPERBOLIC, z, u, v), -torch.ones(6).double())
+
+    def product(c):
+        last = 0.3 * c[:, 2:] + 0.1 * c[:, :1]  # coordinates that are not orthogonal
+        return torch.cat([SPHERE.decoder(c[:, :2]), last[None]], -1)
+
+    def height(c):  # along the line only
+        return torch.tensor([0.0, 0.0, 1.0]).to(c).expand_as(c)
+
+    def level(c):  # the tangent of the sphere's first coordinate, its height held
+        return torch.tensor([1.0, 0.0, -1 / 3]).to(c).expand_as(c)
+
+    metric, turn = geometry.Pullback(product), torch.tensor([0.0, 1.0, 0.0]).to(z).expand_as(z)
+    assert_close(geometry.sectional_curvature(metric, z, level(z), turn), torch.ones(6).double())
+    assert_close(geometry.sectional_curvature(metric, z, height(z), turn), torch.zeros(6).double())
+    # a plane that leans by an angle: the curvature is its cosine squared
+    lean = level(z) + height(z) / 0.3  # both of unit length
+    assert_close(geometry.sectional_curvature(metric, z, lean, turn), torch.full((6,), 0.5).double())
+
+
+def test_curvature_belongs_to_the_plane():
+    z, u, v = boxed(4, 3), boxed(4, 3, seed=1), boxed(4, 3, seed=2) - 1.5
+    metric = geometry.Pullback(network(n_latents=3))
+    found = geometry.sectional_curvature(metric, z, u, v)
+    assert_close(geometry.sectional_curvature(metric, z, 2 * u - v, u + 3 * v), found)
+    assert_close(geometry.sectional_curvature(metric, z, v, u), found)
+
+
+def test_gradients_pass():
+    z = codes(3).requires_grad_()
+    (slope,) = torch.autograd.grad(geometry.log_volume_element(SPHERE, z).sum(), z)
+    assert_close(slope[:, 0], (z[:, 0].cos() / z[:, 0].sin()).detach())
+    assert_close(slope[:, 1], torch.zeros(3, dtype=torch.float64))
+
+
 def test_what_is_refused():
     z = codes(3)
     with pytest.raises(bae.errors.ShapeError, match=r"codes \(B, 2\)"):
         geometry.gaussian_curvature(SPHERE, z[:, :1])
+    with pytest.raises(bae.errors.ShapeError, match=r"directions \(3, 2\)"):
+        geometry.sectional_curvature(SPHERE, z, z, z[:1])
+    with pytest.raises(bae.errors.DataError, match="parallel ones at 1 of 3 codes"):
+        geometry.sectional_curvature(SPHERE, z, z, torch.cat([-2 * z[:1], z[1:].flip(1)]))
+    for function in (geometry.volume_element, geometry.christoffel, geometry.log_volume_element):
+        with pytest.raises(bae.errors.ShapeError, match=r"codes \(B, Z\) of floating numbers"):
+            function(SPHERE, z[0])
     singular = torch.tensor([[0.0, 1.0]], dtype=torch.float64)  # the pole
     for function in (geometry.gaussian_curvature, geometry.volume_element, geometry.christoffel):
         with pytest.raises(bae.errors.NonFiniteError, match="1 of 1 that are singular"):

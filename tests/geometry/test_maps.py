@@ -15,8 +15,9 @@ from tests.geometry.surfaces import (
     SPHERE,
     SPHERE_METRIC,
     TORUS_METRIC,
+    boxed,
     codes,
-    half_plane_distance,
+    hyperbolic_distance,
     linear,
     network,
     sphere,
@@ -52,7 +53,7 @@ def test_the_exponential_of_nothing_stays():
 
 
 @pytest.mark.parametrize(
-    ("metric", "distance"), [(SPHERE_METRIC, sphere_distance), (HYPERBOLIC, half_plane_distance), (TORUS_METRIC, None)]
+    ("metric", "distance"), [(SPHERE_METRIC, sphere_distance), (HYPERBOLIC, hyperbolic_distance), (TORUS_METRIC, None)]
 )
 def test_the_exponential_undoes_the_logarithm(metric, distance):
     starts, ends = codes(3), codes(3, seed=1)
@@ -120,6 +121,49 @@ def test_geodesics_of_a_network_are_shot():
     assert_close(squared(metric, starts, velocity).sqrt(), curves.length, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("n_latents", [1, 3])
+def test_other_dimensions(n_latents):
+    starts, ends = boxed(2, n_latents), boxed(2, n_latents, seed=1)
+    velocity = geometry.logarithm(HYPERBOLIC, starts, ends)
+    assert_close(squared(HYPERBOLIC, starts, velocity).sqrt(), hyperbolic_distance(starts, ends), rtol=1e-5, atol=0)
+    assert_close(geometry.exponential(HYPERBOLIC, starts, velocity)[0], ends, rtol=0, atol=1e-5)
+    curve = geometry.geodesics(HYPERBOLIC, starts, ends).spline()
+    # the velocity is carried along its own geodesic
+    arrived = geometry.exponential(HYPERBOLIC, starts, velocity)[1]
+    carried = geometry.parallel_transport(HYPERBOLIC, curve, velocity, tolerance=1e-5)
+    assert_close(carried, arrived, rtol=1e-3, atol=1e-3)
+
+
+def test_float32_needs_no_other_options():
+    starts, ends = codes(3).float(), codes(3, seed=1).float()
+    velocity = geometry.logarithm(HYPERBOLIC, starts, ends)
+    assert velocity.dtype == torch.float32
+    assert_close(squared(HYPERBOLIC, starts, velocity).sqrt(), hyperbolic_distance(starts, ends), rtol=1e-3, atol=0)
+    assert_close(geometry.exponential(HYPERBOLIC, starts, velocity)[0], ends, rtol=0, atol=1e-3)
+    moved = geometry.parallel_transport(HYPERBOLIC, geometry.Polyline(torch.stack([starts, ends], 1)), velocity)
+    assert_close(squared(HYPERBOLIC, ends, moved), squared(HYPERBOLIC, starts, velocity), rtol=1e-4, atol=0)
+
+
+def test_a_trial_that_leaves_the_metric_is_shortened():
+    """With one dimension and g = exp(20 x) a curve is at log(1 + 10 v t) / 10; there is no metric from 0.7."""
+    metric = geometry.MetricFunction(lambda z: (torch.exp(20 * z) * torch.where(z < 0.7, 1.0, math.nan))[..., None])
+    start, velocity = torch.zeros(1, 1).double(), torch.full((1, 1), 20.0).double()
+    end, speed = geometry.exponential(metric, start, velocity, tolerance=1e-7)
+    assert_close(end, torch.full((1, 1), math.log(201) / 10).double(), rtol=0, atol=1e-5)
+    assert_close(speed, torch.full((1, 1), 20 / 201).double(), rtol=0, atol=1e-5)
+
+
+def test_no_graph_is_kept():
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    metric = geometry.Pullback(geometry.DecoderDraws([decoder]))
+    z, v = codes(2).requires_grad_(), 0.1 * codes(2, seed=1)
+    end, velocity = geometry.exponential(metric, z, v)
+    curve = geometry.Polyline(torch.stack([z, z + v], 1))
+    moved = geometry.parallel_transport(metric, curve, v)
+    for found in (end, velocity, moved, geometry.logarithm(metric, z, z + v)):
+        assert not found.requires_grad
+
+
 def test_what_is_refused():
     z, v = codes(2), codes(2, seed=1)
     with pytest.raises(bae.errors.ShapeError, match=r"velocities \(2, 2\)"):
@@ -129,10 +173,14 @@ def test_what_is_refused():
     with pytest.raises(bae.errors.UnsupportedError, match="curves that reach time 1"):
         geometry.exponential(SPHERE, z, v, max_steps=2)
     flat = geometry.MetricFunction(lambda c: torch.diag(torch.tensor([1.0, 0.0])).to(c).expand(len(c), 2, 2))
-    with pytest.raises(bae.errors.NonFiniteError, match="positive definite metrics"):
+    with pytest.raises(bae.errors.NonFiniteError, match="finite and positive definite along the curve"):
         geometry.exponential(flat, z, v)
-    hole = geometry.MetricFunction(lambda c: torch.eye(2).to(c) / (1 - c[:, :1, None]).clamp(min=0))
-    with pytest.raises(bae.errors.NonFiniteError, match="positive definite|finite along the curve"):
+    with pytest.raises(bae.errors.DataError, match="curves that join the pairs"):
+        geometry.logarithm(SPHERE, z, v, curves=geometry.geodesics(SPHERE, v, z))
+    with pytest.raises(bae.errors.DataError, match="two different codes"):
+        geometry.logarithm(SPHERE, z, z)
+    hole = geometry.MetricFunction(lambda c: torch.eye(2).to(c) * torch.where(c[:, :1, None] < 1, 1.0, math.nan))
+    with pytest.raises(bae.errors.NonFiniteError, match="2 of 2 curves .* to time 0.111"):
         geometry.exponential(hole, 0 * z, 0 * v + torch.tensor([9.0, 0.0]).double())
     with pytest.raises(bae.errors.ShapeError, match="vectors"):
         geometry.parallel_transport(SPHERE, geometry.Polyline(codes(8).reshape(2, 4, 2)), v[:1])

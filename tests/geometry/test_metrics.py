@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
+from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import geometry
+from bayesae.geometry import derivatives
 from tests.geometry.surfaces import HYPERBOLIC, SPHERE, codes, linear, network, sphere, sphere_metric
 
 
@@ -148,10 +152,95 @@ def test_bernoulli_lengths_are_those_of_the_arc():
     assert_close(found, (arcs[1] - arcs[0])[0])
 
 
+def test_an_ensemble_is_a_decoder():
+    networks = [torch.nn.Linear(2, 3).double() for _ in range(2)]
+    draws, z = geometry.DecoderDraws(networks), codes(4)
+    assert_close(draws(z), torch.stack([network(z) for network in networks]))
+    assert_close(torch.cat([single(z) for single in draws.singles]), draws(z))
+    gram = sum(network.weight.T @ network.weight for network in networks) / 2
+    assert_close(geometry.Pullback(draws)(z), gram.expand(4, 2, 2))
+    with pytest.raises(bae.errors.DataError, match="one network or more"):
+        geometry.DecoderDraws([])
+
+
+@pytest.mark.parametrize("energy", [
+    geometry.Pullback(network()), geometry.IndependentDraws(network()),
+    geometry.FisherPullback(network(), geometry.bernoulli_fisher),
+], ids=lambda e: type(e).__name__)  # fmt: skip
+def test_blocks_do_not_matter(energy, monkeypatch):
+    points = codes(20).reshape(4, 5, 2)
+    whole, segments = energy.expansion(points, has_curvature=True), energy.segments(points)
+    seen = []
+    monkeypatch.setattr(derivatives, "_NUMBERS_ON_CPU", 15 * 40)  # 40 values of one code, a few curves
+    counted = replace(energy, decoder=lambda z: seen.append(len(z)) or energy.decoder(z))
+    parts = counted.expansion(points, has_curvature=True)
+    assert max(seen) <= 40 and len(seen) > 4
+    assert_close(counted.segments(points), segments)
+    assert_close(parts.gradient, whole.gradient)
+    for part, one in ((parts.stiffness, whole.stiffness), (parts.curvature, whole.curvature)):
+        assert_close(part.diagonal, one.diagonal)
+        assert_close(part.upper, one.upper)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_contexts_and_parameters_do_not_matter(context):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    frozen = deepcopy(net).requires_grad_(False)
+    points, modes = codes(6).reshape(2, 3, 2), [module.training for module in net.modules()]
+    for make in (geometry.Pullback, geometry.IndependentDraws, lambda d: geometry.FisherPullback(d, lambda f, t: t)):
+        energy, other = make(geometry.DecoderDraws([net])), make(geometry.DecoderDraws([frozen]))
+        with context():
+            found, segments = energy.expansion(points, has_curvature=True), energy.segments(points)
+        expected = other.expansion(points, has_curvature=True)
+        assert_close(segments, other.segments(points))
+        assert not segments.requires_grad
+        for part in ("gradient", "stiffness.diagonal", "stiffness.upper", "curvature.diagonal", "curvature.upper"):
+            one, two = attrgetter(part)(found), attrgetter(part)(expected)
+            assert_close(one, two)
+            assert not one.requires_grad
+    assert [module.training for module in net.modules()] == modes
+
+
+class Once(torch.autograd.Function):
+    """A sine whose first derivative is known forwards only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z):
+        return z.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return ctx.saved_tensors[0].cos() * tangent
+
+
+def test_decoders_that_are_differentiable_once():
+    metric, z = geometry.Pullback(lambda z: Once.apply(z)[None]), codes(6)
+    with pytest.raises(bae.errors.UnsupportedError, match="a function that torch.func differentiates"):
+        metric.expansion(z.reshape(2, 3, 2), has_curvature=True)
+
+
+def test_errors_of_a_decoder_come_as_they_are():
+    net = torch.nn.Linear(2, 3)
+    with pytest.raises(RuntimeError, match="dtype") as caught:
+        geometry.Pullback(geometry.DecoderDraws([net]))(codes(3))
+    assert not isinstance(caught.value, bae.errors.UnsupportedError)
+    noisy = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.5)).double()
+    with pytest.raises(bae.errors.UnsupportedError, match="dropout"):
+        geometry.Pullback(geometry.DecoderDraws([noisy]))(codes(3))
+
+
 def test_what_is_refused():
     z = codes(3)
     with pytest.raises(bae.errors.ShapeError, match=r"outputs \(S, 3, \*D\)"):
         geometry.Pullback(lambda c: sphere(c)[0])(z)
+    with pytest.raises(bae.errors.ShapeError, match=r"outputs \(S, 3, \*D\)"):
+        geometry.FisherPullback(lambda c: sphere(c)[0], geometry.bernoulli_fisher)(z)
     with pytest.raises(bae.errors.ShapeError, match=r"a metric \(3, 2, 2\)"):
         geometry.MetricFunction(lambda c: c)(z)
     with pytest.raises(bae.errors.UnsupportedError, match="a function that torch.func differentiates"):

@@ -59,9 +59,54 @@ def test_a_solver_that_does_not_converge_says_so():
     assert not found.has_converged.all()
 
 
+def test_a_draw_is_solved_under_its_own_decoder_alone():
+    decoder, starts, ends = network(n_draws=3), codes(2), codes(2, seed=1)
+    asked = []
+
+    def member(number):
+        def one(z):
+            asked.append(number)
+            return decoder(z)[number]
+
+        return one
+
+    draws = geometry.DecoderDraws([member(number) for number in range(3)])
+    found = geometry.distance_draws(draws, starts, ends, n_segments=8)
+    assert asked == sorted(asked) and set(asked) == {0, 1, 2}
+    assert_close(found.lengths, geometry.distance_draws(decoder, starts, ends, n_segments=8).lengths)
+    band = geometry.geodesic_band(draws, starts, ends, n_segments=8)
+    assert_close(band.points, geometry.geodesic_band(decoder, starts, ends, n_segments=8).points)
+    assert_close(band.distances.lengths, found.lengths)
+
+
+@pytest.mark.parametrize("curves", ["own", "expected"])
+def test_curves_start_where_they_are_told(curves):
+    """A hill between the ends: a start below it ends there, under every draw."""
+
+    def decoder(z):
+        hill = 2 * torch.exp(-2 * z.square().sum(1, keepdim=True))
+        return torch.stack([torch.cat([z, size * hill], 1) for size in (1.0, 1.1)])
+
+    starts, ends = torch.tensor([[-2.0, 0.05]]).double(), torch.tensor([[2.0, 0.05]]).double()
+    initial = torch.stack([starts, torch.tensor([[0.0, -1.0]]).double(), ends], 1)
+    found, other = (
+        geometry.distance_draws(decoder, starts, ends, curves=curves, initial=one)
+        for one in (initial, -initial.flip(1))
+    )
+    assert found.has_converged.all() and other.has_converged.all()
+    assert (found.lengths > 1.001 * other.lengths).all()
+    band = geometry.geodesic_band(decoder, starts, ends, initial=initial)
+    assert (band.points[:, 0, 16, 1] < -0.3).all() and band.expected.points[0, 16, 1] < -0.3
+
+
 def test_what_is_refused():
     found = geometry.distance_draws(linear()[1], codes(1), codes(1, seed=1), n_segments=4)
     with pytest.raises(bae.errors.DataError, match="a level between 0 and 1"):
         found.interval(1.0)
+    with pytest.raises(bae.errors.DataError, match="curves of 'own' or 'expected'"):
+        geometry.distance_draws(linear()[1], codes(1), codes(1, seed=1), curves="Own")
+    alone = geometry.distance_draws(linear(n_draws=1)[1], codes(1), codes(1, seed=1), n_segments=4)
+    with pytest.raises(bae.errors.DataError, match="two weight draws or more"):
+        alone.variation()
     with pytest.raises(bae.errors.DataError, match="two different codes"):
         geometry.geodesic_band(linear()[1], codes(1), codes(1))

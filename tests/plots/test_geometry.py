@@ -31,8 +31,11 @@ def test_curves_have_one_label_a_name(axes):
     assert len(axes.lines) == 6
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["geodesics", "straight"]
     assert np.allclose(axes.lines[1].get_xydata(), curves["geodesics"][1])
-    bae.plots.curve_band(axes, torch.rand(4, 3, 5, 2))
+    draws = torch.rand(4, 3, 5, 2)
+    bae.plots.curve_band(axes, draws, colour="blue", label="draws")
     assert len(axes.lines) == 18
+    assert [line.get_label() for line in axes.lines[6:]].count("draws") == 1
+    assert np.allclose(axes.lines[6 + 4].get_xydata(), draws[1, 1])
 
 
 def test_a_strip_has_a_row_a_curve(axes):
@@ -51,5 +54,7 @@ def test_what_is_refused(axes):
         bae.plots.volume_background(axes, lambda z: z[:, 0] * math.nan, torch.zeros(2), torch.ones(2))
     with pytest.raises(bae.errors.ShapeError, match=r"curves \(P, n \+ 1, 2\) of a"):
         bae.plots.code_curves(axes, {"a": torch.rand(3, 2)})
+    with pytest.raises(bae.errors.ShapeError, match=r"curves \(S, P, n \+ 1, 2\)"):
+        bae.plots.curve_band(axes, torch.rand(4, 5, 2))
     with pytest.raises(bae.errors.ShapeError, match=r"frames \(T, height, width\)"):
         bae.plots.film_strip(axes, {"a": torch.rand(3, 4, 4), "b": torch.rand(2, 4, 4)})
