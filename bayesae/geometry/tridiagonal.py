@@ -31,10 +31,6 @@ class BlockTridiagonal:
         each = factors[:, None, None, None]
         return BlockTridiagonal(each * self.diagonal, each * self.upper)
 
-    def __getitem__(self, chosen: Tensor) -> BlockTridiagonal:
-        """Some of the P matrices."""
-        return BlockTridiagonal(self.diagonal[chosen], self.upper[chosen])
-
     def solve(self, right: Tensor) -> tuple[Tensor, Tensor]:
         """Solutions by block Cholesky, and which of the matrices are positive definite.
 
@@ -58,7 +54,6 @@ class BlockTridiagonal:
                 vector = vector - links[-1].mT @ carried[-1]
             factor, info = torch.linalg.cholesky_ex(block)
             is_definite = is_definite & (info == 0)
-            factor = torch.where((info == 0)[:, None, None], factor, torch.eye(block.shape[-1]).to(factor))
             factors.append(factor)
             carried.append(torch.linalg.solve_triangular(factor, vector, upper=False))
             if i + 1 < n:

@@ -47,6 +47,50 @@ def test_block_systems_are_dense_ones():
     assert_close(solution[0].flatten(), torch.linalg.solve(dense[0], right[0].flatten()))
 
 
+def test_a_matrix_that_fails_in_one_block_is_not_definite():
+    """Nor does it spoil the others."""
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(1, 4, 2, generator=generator, dtype=torch.float64).expand(5, -1, -1)
+    diagonal = (4 * torch.eye(2).double()).expand(5, 4, 2, 2).clone()
+    for number in range(4):
+        diagonal[number, number, 0, 0] = -1
+    upper = 0.5 * torch.randn(1, 3, 2, 2, generator=generator, dtype=torch.float64).expand(5, -1, -1, -1)
+    solution, is_definite = BlockTridiagonal(diagonal, upper).solve(right)
+    assert is_definite.tolist() == [False, False, False, False, True]
+    alone = BlockTridiagonal(diagonal[4:], upper[4:]).solve(right[4:])[0]
+    assert_close(solution, torch.cat([torch.zeros(4, 4, 2).double(), alone]))
+
+
+def test_sums_and_multiples_of_block_matrices():
+    generator = torch.Generator().manual_seed(0)
+    one, other = (
+        BlockTridiagonal(
+            torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64),
+            torch.randn(2, 2, 2, 2, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(2)
+    )
+    total, factors = one + other.scaled(torch.tensor([2.0, -1.0]).double()), (2.0, -1.0)
+    for number, factor in enumerate(factors):
+        assert_close(total.diagonal[number], one.diagonal[number] + factor * other.diagonal[number])
+        assert_close(total.upper[number], one.upper[number] + factor * other.upper[number])
+
+
+def test_a_quadratic_energy_takes_one_step_whose_gain_is_foretold():
+    metric, straight = geometry.Pullback(linear()[1]), geometry.straight_lines(codes(3), codes(3, seed=1), 6)
+    bent = straight.clone()
+    bent[:, 1:-1] += codes(15, seed=2).reshape(3, 5, 2)
+    squared, least = (metric.segments(points).sum(1) for points in (bent, straight))
+    for wants_all in (False, True):
+        none, chosen = torch.zeros_like(squared), torch.full((3,), wants_all)
+        steps, gain, residual = _Solver(metric, 0.0, 1)._steps(bent, squared, none, chosen)
+        assert_close(bent[:, 1:-1] + steps, straight[:, 1:-1], rtol=0, atol=1e-8)
+        assert_close(gain, squared - least, rtol=1e-8, atol=0)
+        assert_close(residual, gain / squared if wants_all else torch.full_like(squared, math.inf))
+    # with a damping of 1 half the way
+    assert_close(_Solver(metric, 0.0, 1)._steps(bent, squared, none + 1, chosen)[0], steps / 2)
+
+
 def test_a_linear_decoder_has_straight_geodesics():
     weights, decoder = linear()
     starts, ends = codes(6), codes(6, seed=1)
@@ -89,16 +133,42 @@ def test_circles_of_the_torus():
 
 def test_a_start_elsewhere_finds_another_minimum():
     """A hill between the ends, which lie a little above its middle: the way above is shorter than that below."""
-    hill = geometry.MetricFunction(
-        lambda z: (1 + 9 * torch.exp(-2 * z.square().sum(1)))[:, None, None] * torch.eye(2).to(z)
-    )
     starts, ends = torch.tensor([[-2.0, 0.05]]).double(), torch.tensor([[2.0, 0.05]]).double()
     middle = torch.tensor([[0.0, -1.0]]).double()
-    above = geometry.geodesics(hill, starts, ends)
-    below = geometry.geodesics(hill, starts, ends, initial=torch.stack([starts, middle, ends], 1))
+    above = geometry.geodesics(hill(0.0), starts, ends)
+    below = geometry.geodesics(hill(0.0), starts, ends, initial=torch.stack([starts, middle, ends], 1))
     assert above.has_converged.all() and below.has_converged.all()
     assert above.points[0, 16, 1] > 0.5 and below.points[0, 16, 1] < -0.5
     assert above.length < below.length < below.straight_length
+
+
+def hill(place):
+    """A metric that is dear around (0, place)."""
+    centre = torch.tensor([0.0, place])
+    return geometry.MetricFunction(
+        lambda z: (1 + 9 * torch.exp(-2 * (z - centre.to(z)).square().sum(1)))[:, None, None] * torch.eye(2).to(z)
+    )
+
+
+def test_a_saddle_is_not_certified():
+    """Straight over a hill by its top: no force to either side, but either side is lower."""
+    starts, ends = torch.tensor([[-2.0, 0.0]]).double(), torch.tensor([[2.0, 0.0]]).double()
+    with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
+        found = geometry.geodesics(hill(0.0), starts, ends, n_segments=16, max_iterations=20)
+    assert (found.points[..., 1] == 0).all() and found.residual == math.inf
+
+
+def test_a_straight_line_is_kept_where_what_is_found_is_longer():
+    """There is a minimum above a hill, but the straight line below it is shorter. That is no minimum, and says so."""
+    starts, ends = torch.tensor([[-2.0, 0.0]]).double(), torch.tensor([[2.0, 0.0]]).double()
+    initial = torch.stack([starts, torch.tensor([[0.0, 2.5]]).double(), ends], 1)
+    with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
+        found = geometry.geodesics(hill(1.0), starts, ends, initial=initial, n_segments=16)
+    straight = geometry.straight_lines(starts, ends, 16)
+    assert found.is_straight.all() and torch.equal(found.points, straight)
+    assert_close(found.energy, geometry.chord_energy(hill(1.0), straight))
+    assert found.length == found.straight_length and 1e-6 < found.residual < 1
+    assert geometry.geodesics(hill(1.0), starts, ends, n_segments=16).has_converged.all()
 
 
 def test_curves_that_jump_are_found_out():
@@ -112,15 +182,16 @@ def test_curves_that_jump_are_found_out():
     jump = torch.tensor([0.0, -0.01, 0.96, 0.95]).double()[None, :, None]
     with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
         found = geometry.geodesics(geometry.Pullback(decoder), starts, ends, initial=jump, n_segments=3)
-    assert found.length < 1 < found.straight_length and found.coarseness > 0.05
+    assert found.length < 1 < found.straight_length and found.coarseness > 0.1 and found.residual <= 1e-6
 
 
 def test_equal_energy_from_every_start():
     starts, ends = codes(4), codes(4, seed=1)
     bent = geometry.straight_lines(starts, ends, 6)
-    bent[:, 1:-1] += 0.2 * codes(20, low=(-1, -1), high=(1, 1)).reshape(4, 5, 2)
+    bent += 0.2 * codes(28, low=(-1, -1), high=(1, 1)).reshape(4, 7, 2)  # the ends are put back
     one, other = (geometry.geodesics(SPHERE, starts, ends, initial=initial) for initial in (None, bent))
     assert_close(one.energy, other.energy, rtol=1e-5, atol=0)
+    assert torch.equal(other.points[:, 0], starts) and torch.equal(other.points[:, -1], ends)
 
 
 def test_independent_draws_keep_away_from_disagreement():
@@ -286,4 +357,6 @@ def test_a_solver_that_does_not_converge_says_so():
     with pytest.warns(RuntimeWarning, match="3 of 3 geodesics have not converged"):
         found = geometry.geodesics(SPHERE, codes(3), codes(3, seed=1), max_iterations=1, tolerance=1e-14)
     assert not found.has_converged.any() and (found.residual > 1e-14).all()
+    # one with 8 segments, one with 32, and one with 16 where the first left something to gain
+    assert (found.n_iterations >= 2).all() and (found.n_iterations <= 3).all()
     assert (found.length <= found.straight_length).all()
