@@ -44,13 +44,12 @@ class Pooled:
         Raises:
             DataError: If the level is none.
         """
-        from scipy.special import ndtri, stdtrit  # slow to import
+        from scipy.special import stdtrit  # slow to import
 
         check_level(level)
         quantile = 0.5 + 0.5 * level
-        dof = self.dof.cpu().numpy()
-        with_tails = torch.as_tensor(stdtrit(dof.clip(max=1e12), quantile)).to(self.dof)
-        factor = with_tails.where(self.dof.isfinite(), float(ndtri(quantile))).where(self.dof > 0, torch.inf)
+        dof = self.dof.cpu().numpy().clip(max=1e12)  # a Normal by then
+        factor = torch.as_tensor(stdtrit(dof, quantile)).to(self.dof).where(self.dof > 0, torch.inf)
         half = factor * self.var.sqrt()
         return self.estimate - half, self.estimate + half
 

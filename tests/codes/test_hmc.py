@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,6 +15,7 @@ from bayesae.codes import HMC, DiagonalLaw
 from bayesae.codes.hmc import _slopes, leapfrog
 from bayesae.testing import LinearGaussian
 
+codes_hmc = importlib.import_module("bayesae.codes.hmc")
 OBSERVED = torch.tensor([True, False, True, True, False, False, True])
 
 
@@ -122,6 +127,79 @@ def test_steps_adapt_while_chains_burn_in_only(world):
     assert torch.equal(hmc.step(first, model, batch).log_step, first.log_step)
     adapted = hmc.step(first, model, batch, adapts=True)
     assert bool((adapted.log_step > first.log_step).all()) and adapted.n_adapted == 1
+
+
+class TestSteps:
+    def start(self, world, hmc, n_chains=50):
+        model, batch = at_draws(world.model("location")), masked(world)
+        return hmc.init(model, batch, n_chains=n_chains), model, batch
+
+    def test_chains_start_at_twice_the_whitening_law(self, world):
+        state, _, _ = self.start(world, HMC(), 800)
+        spread = state.position.flatten(0, 2).std(0)
+        assert_close(spread, torch.full((3,), 2.0).double(), rtol=0, atol=4 * 2 / (2 * 8000) ** 0.5)
+
+    def test_density_and_slope_are_those_of_where_a_chain_stands(self, world):
+        hmc = HMC(step_size=1.6)
+        state, model, batch = self.start(world, hmc)
+        after = hmc.step(state, model, batch)
+        moved = (after.position != state.position).any(-1)
+        assert 0.1 < float(moved.double().mean()) < 0.9
+        value, slope = _slopes(model, batch, state.law)(after.position)
+        assert_close(after.value, value, rtol=0, atol=1e-11)
+        assert_close(after.slope, slope, rtol=0, atol=1e-11)
+        assert_close(after.latents, state.law.push(after.position))
+
+    def test_trajectories_have_every_length_and_sizes_within_a_fifth(self, world, monkeypatch):
+        seen, hmc = [], HMC(n_leapfrog=3, step_size=0.25)
+        state, model, batch = self.start(world, hmc, 30)
+
+        def spy(slopes, position, momentum, slope, size, n_steps):
+            seen.append((n_steps, size))
+            return leapfrog(slopes, position, momentum, slope, size, n_steps)
+
+        monkeypatch.setattr(codes_hmc, "leapfrog", spy)
+        for _ in range(40):
+            hmc.step(state, model, batch)
+        assert {n for n, _ in seen} == {1, 2, 3}
+        shares = torch.stack([size for _, size in seen]) / 0.25
+        assert shares.shape == (40, 30, 2, 5, 1)  # of every chain its own
+        assert 0.8 <= float(shares.min()) < 0.81 < 1.19 < float(shares.max()) <= 1.2
+        assert_close(shares.mean(), torch.tensor(1.0).double(), rtol=0, atol=0.01)
+
+    def test_sizes_adapt_by_dual_averaging_and_their_average_is_kept(self, world):
+        """Section 3.2 of the paper: gamma 0.05, t_0 10, kappa 0.75, mu the log of ten times the first size."""
+        hmc = HMC(step_size=0.3, target_acceptance=0.7, n_leapfrog=2)
+        state, model, batch = self.start(world, hmc, 4)
+        short, average = 0.0, math.log(0.3)
+        for t in range(1, 6):
+            state = hmc.step(state, model, batch, adapts=True)
+            short = (1 - 1 / (t + 10)) * short + (0.7 - state.acceptance) / (t + 10)
+            step = math.log(3.0) - math.sqrt(t) / 0.05 * short
+            average = t**-0.75 * step + (1 - t**-0.75) * average
+            assert_close(state.log_step, step)
+            assert_close(state.log_average, average)
+
+    def test_a_run_is_its_steps(self, world):
+        hmc, model, batch = HMC(n_leapfrog=2), at_draws(world.model("location")), masked(world)
+        found = hmc.run(model, batch, n_chains=3, n_burn_in=4, n_steps=5, seed=2)
+        with bae.random.scope(2), torch.no_grad():
+            state, path, shares = hmc.init(model, batch, n_chains=3), [], []
+            for _ in range(4):
+                state = hmc.step(state, model, batch, adapts=True)
+            state = dataclasses.replace(state, log_step=state.log_average)
+            for _ in range(5):
+                state = hmc.step(state, model, batch)
+                path.append(state.latents)
+                shares.append(state.acceptance)
+        assert torch.equal(found.latents, torch.stack(path, 1))
+        assert_close(found.step_size, state.log_average.exp())
+        assert_close(found.acceptance, torch.stack(shares).mean(0))
+
+    def test_trajectories_that_leave_the_numbers_count_as_divergent(self, world):
+        model, batch = at_draws(world.model("location")), masked(world)
+        chains = HMC(step_size=1e200, whitening=None).run(model, batch, n_chains=2, n_burn_in=0, n_steps=4, seed=0)
+        assert bool((chains.n_divergent == 8).all()) and torch.equal(chains.latents[:, 0], chains.latents[:, -1])
 
 
 def test_divergences_are_counted_and_refused(world):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae.imputation import Found
-from bayesae.imputation.assembling import merged
+from bayesae.imputation.assembling import assembled, merged
 from bayesae.imputation.base import diagnose, joined, picks
 
 
@@ -69,6 +69,28 @@ class TestRowsAndWeightsTogether:
         assert_close(both.rhat[0], torch.tensor([1.0, 1.5, 1.5, 1.0, 1.5]))
         assert_close(both.acceptance[2], torch.tensor([1.0, 0.3, 0.3, 1.0, 0.3]))
         assert both.residual is None and both.n_divergent is None
+
+    def test_figures_of_a_row_are_those_over_its_weight_draws(self):
+        x, mask = torch.zeros(2, 4), torch.tensor([[True, False, False, False]] * 2)
+        over = {
+            "rhat": [1.0, 3.0, 2.0],
+            "acceptance": [0.1, 0.2, 0.6],
+            "n_divergent": [1, 0, 4],
+            "residual": [0.3, 0.1, 0.2],
+        }
+        named = {name: torch.tensor(values)[:, None].expand(3, 2) for name, values in over.items()}
+        outputs = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+        given = Found(outputs, torch.tensor([1.0, 2.0, 4.0])[:, None].expand(3, 2), **named)
+        rows = bae.Batch(x, mask, index=torch.arange(2))
+        found = assembled([(bae.likelihoods.Gaussian(0.5), given)], rows, False, None)
+        for name, value in {"rhat": 3.0, "acceptance": 0.3, "n_divergent": 5, "residual": 0.3, "ess": 7.0}.items():
+            assert_close(getattr(found, name).float(), torch.full((2,), float(value)))
+        # weight draws after one another, without noise
+        hidden = outputs.transpose(0, 1).flatten(0, 1)[..., 1:]
+        assert torch.equal(found.draws[..., 1:], hidden) and not bool(found.draws[..., 0].any())
+        parts = found.moments
+        assert_close(parts.total[:, 1:], hidden.var(0, correction=0))
+        assert_close(parts.standard_error[:, 1:], (parts.code / 7 + parts.weights / 2).sqrt()[:, 1:])
 
     def test_weight_draws_follow_one_another(self):
         parts = [found(2, 0.0, residual=0.1), found(2, 500.0, residual=0.2)]

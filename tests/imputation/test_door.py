@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae.imputation import CodeHMC, CodeLaplace, FixedPoint, ImportanceResampling, MetropolisGibbs, PseudoGibbs
+from bayesae.imputation.base import Problem
+from bayesae.imputation.door import _warn
 from bayesae.imputation.linearised import Linearised
 from tests.conftest import small_model
 from tests.imputation.worlds import MISSING, conditional, leaves_of, mask_of, predictive_of, world
@@ -56,6 +61,15 @@ class TestLinearisedWeights:
 
                 value, slope = torch.func.jvp(run, (mean,), (shift,))
                 assert_close(outputs[k, s], value + slope, rtol=0, atol=1e-12)
+
+    def test_are_what_methods_run_where_the_predictive_is_linearised(self):
+        model = small_model()
+        for is_linearised in (True, False):
+            weights = normal_weights(model, 0.1, is_linearised=is_linearised)
+            rows = bae.Batch(torch.ones(2, 7).double(), torch.ones(2, 7).bool(), index=torch.arange(2))
+            problem = Problem(bae.Predictive(model, weights), weights.sample(3), rows, 0)
+            assert isinstance(problem.model, Linearised) == is_linearised
+            assert [one.first for one in problem.singles()] == [0, 1, 2]
 
     def test_of_a_laplace_posterior_in_six_lines(self):
         made = world()
@@ -171,6 +185,7 @@ class TestNumbersOfDraws:
         predictive = bae.Predictive(model, bae.families.Mixture(parts), codes=bae.codes.Amortised("full"))
         x = made.x[:1].expand(40, 5)
         found = bae.impute(predictive, x, mask_of(40), method=CodeLaplace(1), n_draws=20, n_weight_draws=2, seed=0)
+        assert_close(found.moments.noise[:, MISSING], torch.full((40, 3), 5e5).double())
         spread = found.draws[..., MISSING].std(1).amax(-1)
         assert bool((spread[:10] < 20).all()) and bool((spread[10:] > 300).all())
 
@@ -179,11 +194,56 @@ def test_without_a_method_it_follows_the_code():
     made = world()
     x, mask = made.x[:1].expand(300, 5), mask_of(300)
     mean, cov = conditional(made, x)
-    for family, codes in (("location", None), ("full", bae.codes.Amortised("full"))):
+    cases = (("location", None), ("location", bae.codes.encode), ("diagonal", bae.codes.amortised))
+    for family, codes in cases:
         found = bae.impute(predictive_of(made.model(family), codes), x, mask, n_draws=30, seed=0)
-        assert (found.residual is None) == (family == "full")
+        assert (found.residual is None) == (family == "diagonal")
         assert_close(found.mean[:, MISSING].mean(0), mean[0], rtol=0, atol=0.1)
+        assert_close(found.moments.noise[:, MISSING], torch.ones(300, 3).double())
+    assert bool((found.acceptance > 0.99).all())  # a Laplace proposal is exact here, the encoder's is not
     assert_close(found.variance[:, MISSING].mean(0), cov.diagonal(), rtol=0.1, atol=0)
+
+
+class TestWarnings:
+    def said(self, n_bad, method, **figures):
+        n, ess = 100, figures.pop("ess", (50.0, 50.0))
+
+        def column(good, bad):
+            return torch.cat([torch.full((n - n_bad,), good), torch.full((n_bad,), bad)])
+
+        named = {name: column(*values) for name, values in figures.items()}
+        zeros = torch.zeros(n, 1)
+        moments = bae.Moments(zeros, zeros, zeros, zeros, bae.likelihoods.Bernoulli())
+        found = bae.Imputations(torch.zeros(50, n, 1), zeros.bool(), moments, 1, column(*ess), **named)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _warn(found, torch.ones(n).bool(), method, 50)
+        return [str(one.message) for one in caught]
+
+    @pytest.mark.parametrize(
+        ("figures", "match"),
+        [
+            ({"ess": (6.0, 4.0)}, "an effective sample size below 10% of their 50 draws"),
+            ({"rhat": (1.09, 1.11)}, r"a split R-hat above 1\.1"),
+            ({"rhat": (1.0, torch.inf)}, "a split R-hat"),
+            ({"acceptance": (0.06, 0.04)}, "under 5% of their proposals taken"),
+            ({"n_divergent": (0.0, 1.0)}, "chains that diverged"),
+            ({"residual": (1e-4, 2e-4)}, "not come to a fixed point"),
+        ],
+    )
+    def test_say_what_more_than_a_twentieth_of_the_rows_has(self, figures, match):
+        method = FixedPoint() if "residual" in figures else CodeHMC()
+        (text,) = self.said(6, method, **figures)
+        assert re.search(f"6% have {match}", text)
+        assert self.said(5, method, **figures) == []
+
+    def test_point_at_the_caller(self):
+        made = world()
+        predictive, nothing = predictive_of(made.model("location"), None), torch.zeros(40, 5).bool()
+        with pytest.warns(RuntimeWarning) as caught:
+            bae.impute(predictive, made.x, nothing, method=CodeLaplace(1), n_draws=1)
+            bae.impute(predictive, made.x, mask_of(40), method=FixedPoint(1), n_draws=1)
+        assert [one.filename for one in caught] == [__file__, __file__]
 
 
 class TestErrors:
@@ -219,6 +279,10 @@ class TestErrors:
             self.run(torch.utils.data.TensorDataset(x))
         with pytest.raises(bae.errors.DataError, match="at least one row"):
             self.run(x[:0], mask[:0])
+        model = bae.Autoencoder(bae.nets.mlp(5, [4], 2), bae.nets.mlp(2, [4], 5), bae.likelihoods.Bernoulli()).eval()
+        particles = bae.functional.stack_draws([bae.functional.parameters_of(model.network)])
+        with pytest.raises(bae.errors.DataError, match="Bernoulli"):
+            bae.impute(bae.Predictive(model, bae.families.Particles(particles)), torch.full((40, 5), 2.0), mask)
 
     def test_arguments(self):
         x, mask = world().x, mask_of(40)
@@ -247,6 +311,12 @@ class TestErrors:
         predictive = predictive_of(made.model("location"), None, shifts=(1e200,))
         with pytest.raises(bae.errors.NonFiniteError, match="where chains start"):
             bae.impute(predictive, made.x, mask_of(40), method=CodeHMC(1, 4), n_draws=4)
+        with pytest.raises(bae.errors.NonFiniteError, match="finite imputations"):
+            nowhere = predictive_of(made.model("location"), None, shifts=(1.5e308,))
+            bae.impute(nowhere, made.x, mask_of(40), method=FixedPoint(3), n_draws=4)
+        wide = predictive.model.with_noise(bae.likelihoods.Gaussian(1e200).double().state_dict())
+        with pytest.raises(bae.errors.NonFiniteError, match="values in 'noise'.*two moments"):
+            bae.impute(predictive_of(wide, None), made.x, mask_of(40), method=FixedPoint(1, noise=True), n_draws=4)
         options = {"method": ImportanceResampling(5, bae.codes.Laplace(0)), "n_draws": 4}
         with pytest.raises(bae.errors.NonFiniteError, match="importance weights; got NaN, or nothing above 0, in 40"):
             bae.impute(predictive, made.x, mask_of(40), **options)

@@ -86,6 +86,59 @@ def test_the_plain_chain_is_biased_by_a_mean_field_q_and_the_metropolis_step_rep
     assert bool((ratios[0] > 1.05).all()) and bool(((ratios[1] - 1).abs() < 0.03).all())
 
 
+@pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
+def test_importance_resampling_takes_codes_as_often_as_they_weigh():
+    """Of three codes whose weights are known: shares, effective numbers, and the mean."""
+    made, logs = world(), torch.tensor([0.0, 1.0, -1.0]).double()
+    model = made.model("location")
+
+    def three(bound, batch, *, n_latent_draws=1):
+        latents = torch.tensor([-2.0, 0.0, 2.0]).double()[:, None, None, None].expand(3, 1, len(batch.x), 2)
+        found = draws_of(bound, batch, latents, None)
+        log_q = found.log_likelihood + found.log_prior - logs[:, None, None]
+        return draws_of(bound, batch, latents, log_q)
+
+    found = bae.impute(
+        predictive_of(model, None), made.x, mask_of(40), method=ImportanceResampling(3, three), n_draws=500, seed=0
+    )
+    weights = logs.softmax(0)
+    effective = float(1 / (weights**2).sum())
+    assert_close(found.acceptance, torch.full((40,), effective / 3).double())
+    assert_close(found.ess, torch.full((40,), 1 / (1 / 500 + 1 / effective)).double())
+    decoded = model.decoder(torch.tensor([[-2.0, -2.0], [0.0, 0.0], [2.0, 2.0]]).double()).detach()
+    mean = (weights[:, None] * decoded).sum(0)[MISSING]
+    var = (weights[:, None] * decoded**2).sum(0)[MISSING] - mean**2
+    assert float(((found.mean[:, MISSING].mean(0) - mean) / (var / 20000).sqrt()).abs().max()) < 4
+    assert_close(found.moments.code[:, MISSING].mean(0), var, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("method", [CodeLaplace(1), ImportanceResampling(50, bae.codes.Laplace(1))], ids=name_of)
+def test_weight_draws_have_codes_of_their_own(method):
+    """Two networks alike, a code of each: their means differ by the codes alone."""
+    predictive = predictive_of(world().model("location"), None, shifts=(0.0, 0.0))
+    found = bae.impute(predictive, world().x, mask_of(40), method=method, n_draws=2, seed=0)
+    assert bool((found.moments.weights[:, MISSING] > 1e-6).all())
+
+
+@pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
+def test_figures_of_hamiltonian_chains():
+    predictive = predictive_of(world().model("location"), None, shifts=(0.0, 1.0))
+    found = bae.impute(predictive, world().x, mask_of(40), method=CodeHMC(50, 60), n_draws=40, seed=0)
+    assert found.residual is None and found.n_weight_draws == 2
+    assert 0.7 < float(found.acceptance.mean()) < 0.95 and float(found.acceptance.max()) <= 1
+    assert not bool(found.n_divergent.any()) and not found.n_divergent.is_floating_point()
+    assert float(found.rhat.min()) > 0.98 and float(found.rhat.median()) < 1.1
+    assert 20 < float(found.ess.min()) and float(found.ess.max()) <= 40
+
+
+def test_how_many_network_rows_a_row_takes():
+    """K = 5 codes of S = 3 weight draws: what chunks are cut by."""
+    sizes = {PseudoGibbs(n_chains=4): 4, MetropolisGibbs(n_chains=4): 4, CodeHMC(n_chains=4): 12,
+             ImportanceResampling(70): 70, CodeLaplace(): 5, FixedPoint(): 1}  # fmt: skip
+    for method, n in sizes.items():
+        assert method.n_parallel(5, 3) == n
+
+
 def test_a_proposal_that_misses_the_posterior_says_so():
     made = world()
     with pytest.warns(RuntimeWarning, match=r"under 5% of their proposals taken\. Their draws may be far"):

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import bayesae as bae
-from bayesae.imputation import CodeLaplace, pool
+from bayesae.imputation import CodeLaplace, Pooled, pool
 from bayesae.imputation.assembling import split_variance
 from tests.imputation.worlds import MISSING, conditional, mask_of, predictive_of, world
 
@@ -140,6 +140,13 @@ class TestPool:
         for name in ("var", "dof", "estimate"):
             for n_nests in (1, 6):
                 assert_close(getattr(pool(q, u, n_nests=n_nests), name), getattr(pool(q, u), name))
+
+    def test_intervals_are_those_of_students_law(self):
+        from scipy.stats import t
+
+        for dof in (1.5, 7.0, 80.0, 1e5):
+            one = Pooled(torch.zeros(1).double(), torch.full((1,), 4.0).double(), torch.full((1,), dof).double(), 0.5)
+            assert float(one.interval(0.9)[1]) == pytest.approx(2 * t.ppf(0.95, dof), rel=1e-9)
 
     def test_without_degrees_of_freedom_an_interval_is_infinite_and_no_nan(self):
         pooled = pool(torch.tensor([1.0, 2.0, 6.0]), torch.zeros(3), complete_dof=5.0)
