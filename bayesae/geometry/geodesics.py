@@ -192,7 +192,7 @@ def _is_shorter(
     doubtful = (found & (length > straight_length)).nonzero()[:, 0]
     found[doubtful] = False
     if len(doubtful) and metric.as_metric() is metric:
-        misses = [4 / 3 * _coarseness(metric, part[doubtful]) for part in (points, straight)]
+        misses = [4 / 3 * _coarseness(metric.as_metric(), part[doubtful]) for part in (points, straight)]
         slack = 1 + 0.1 * (misses[0].abs() + misses[1].abs()) + 1e-9
         found[doubtful] = length[doubtful] * (1 + misses[0]) <= straight_length[doubtful] * (1 + misses[1]) * slack
     return found
