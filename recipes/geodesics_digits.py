@@ -82,19 +82,15 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class World:
-    """Images, decoders (B, 2) -> (S, B, D) and pairs of codes of one seed."""
+    """Images, decoders (B, 2) -> (S, B, D) of members and of Laplace draws, and pairs of codes of one seed."""
 
     train: Tensor
     codes: Tensor
     labels: Tensor
-    members: list[torch.nn.Module]
+    decoder: geometry.DecoderDraws
     laplace: Callable[[Tensor], Tensor]
     starts: Tensor
     ends: Tensor
-
-    def decoder(self, z: Tensor) -> Tensor:
-        """Outputs of all members."""
-        return torch.stack([member(z).flatten(1) for member in self.members])
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ def make_world(config: Config, seed: int) -> World:
         members.append(own.decoder.requires_grad_(False))
     posterior = bae.fit_weights(bae.weights.Laplace(subset=["decoder.**"]), first, train, seed=seed)
     laplace = bae.Predictive(first, posterior).decoder(max(config.n_weight_draws, 1), seed=seed)
-    return World(train, codes, labels, members, laplace, codes[pairs[:, 0]], codes[pairs[:, 1]])
+    return World(train, codes, labels, geometry.DecoderDraws(members), laplace, codes[pairs[:, 0]], codes[pairs[:, 1]])
 
 
 def shortest(config: Config, metric: geometry.SegmentEnergy, world: World) -> Curves:
@@ -156,7 +152,7 @@ def curves_of(config: Config, world: World) -> dict[str, Curves]:
     """Every kind of curve; the straight line's distance is the codes' own."""
     straight = geometry.straight_lines(world.starts, world.ends, config.n_segments)
     metrics: dict[str, geometry.SegmentEnergy] = {
-        ONE: geometry.Pullback(lambda z: world.members[0](z).flatten(1)[None]),
+        ONE: geometry.Pullback(world.decoder.singles[0]),
         "expected metric": geometry.Pullback(world.decoder),
         "independent draws": geometry.IndependentDraws(world.decoder),
     }
