@@ -122,7 +122,7 @@ class CalibrationSums(PixelSums):
             mean: Predictive means, (B, \*data), units of x.
             var: Predictive variances, (B, \*data), positive; what is not finite is found by `result`.
             x: What came, (B, \*data).
-            mask: True where x was observed, (B, \*data); other entries, which may be NaN, do not count.
+            mask: True where x was observed, (B, \*data); other entries, in which all three may be NaN, do not count.
 
         Returns:
             New sums.
@@ -132,7 +132,8 @@ class CalibrationSums(PixelSums):
         """
         self._check_rows(mean, var, x, mask)
         mean, var, x = (part.detach().double() for part in (mean, var, x))
-        x = x if mask is None else torch.where(mask, x, mean)
+        if mask is not None:  # elsewhere may be NaN, or no variance: observed entries of imputations
+            mean, x, var = (torch.where(mask, part, other) for part, other in ((mean, 0.0), (x, 0.0), (var, 1.0)))
         is_observed = torch.ones_like(x) if mask is None else mask.double()
         added = torch.stack([(values * is_observed).sum(0) for values in self._statistics(mean, var, x)])
         return replace(self, sums=self.sums + added)

@@ -70,7 +70,8 @@ def test_rows_of_all_ranks_count(monkeypatch):
 def test_a_mask_leaves_entries_out():
     mean, var, x = rows()
     mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(5)) < 0.6
-    sums = CalibrationSums.of((2, 3), edges=EDGES).update(mean, var, torch.where(mask, x, torch.nan), mask)
+    hidden = [torch.where(mask, part, torch.nan) for part in (mean, var, x)]
+    sums = CalibrationSums.of((2, 3), edges=EDGES).update(*hidden, mask)
     whole = CalibrationSums.of((), edges=EDGES).update(mean[mask], var[mask], x[mask]).result()
     for ours, theirs in zip(sums.result()[:3], whole[:3], strict=True):
         assert_close(ours, theirs, **TIGHT)
