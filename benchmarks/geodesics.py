@@ -8,13 +8,14 @@ segments, which is the grid of stochman's own solver (``connecting_geodesic``: a
 Both curves are measured by the same chords at 20 equal times; "energy" is the mean over pairs, "pairs" the share whose
 energy is no higher than the other's by 0.1 %. Question two: all distances between 500 codes along a grid, and the error
 on those of 200 pairs that the solver certifies with 64 segments ("error_with_uncertified": on all). Peers that are not
-installed are left out, and the record says so.
+installed are left out, and the record says so. ``--questions`` asks some; other records of the file are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import statistics
 import time
 from pathlib import Path
@@ -153,17 +154,23 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=200)
     parser.add_argument("--checked", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", nargs="+", choices=("curves", "matrix"), default=["curves", "matrix"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     decoder, codes = world(given.rows, given.epochs, given.draws)
-    records = geodesics(decoder, codes, given.pairs, given.rounds)
-    records.append(distances(decoder, codes, given.codes, given.cells, given.checked))
+    records: list[dict[str, Any]] = []
+    if "curves" in given.questions:
+        records += geodesics(decoder, codes, given.pairs, given.rounds)
+    if "matrix" in given.questions:
+        records.append(distances(decoder, codes, given.codes, given.cells, given.checked))
     for record in records:
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()), flush=True)
     if given.json:
-        write(given.json, given.threads, records)
+        asked = {record["question"] for record in records}
+        old = json.loads(given.json.read_text())["records"] if given.json.exists() else []
+        write(given.json, given.threads, [one for one in old if one["question"] not in asked] + records)
 
 
 if __name__ == "__main__":
