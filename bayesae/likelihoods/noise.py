@@ -69,8 +69,11 @@ class NoisyHead(Head):
         if values.dim() == 0 or (values.numel() == 1 and not per_output):
             shared = values.item()
             check_positive(name, shared)
-            # a power of the float itself, so that no tensor rounds it
-            self._noise, self._given = shared**power, shared
+            try:  # a power of the float itself, so that no tensor rounds it
+                self._noise, self._given = shared**power, shared
+            except OverflowError as error:
+                fix = f"Give the {name} in the units of the data, and scale these."
+                raise DataError(f"a {name} whose square is finite", f"{given}", fix) from error
         else:
             if not per_output:
                 raise DataError(

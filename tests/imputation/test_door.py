@@ -314,7 +314,7 @@ class TestErrors:
         with pytest.raises(bae.errors.NonFiniteError, match="finite imputations"):
             nowhere = predictive_of(made.model("location"), None, shifts=(1.5e308,))
             bae.impute(nowhere, made.x, mask_of(40), method=FixedPoint(3), n_draws=4)
-        wide = predictive.model.with_noise(bae.likelihoods.Gaussian(1e200).double().state_dict())
+        wide = predictive.model.with_noise(bae.likelihoods.Gaussian(1e154).double().state_dict())  # 4 of 1e308 overflow
         with pytest.raises(bae.errors.NonFiniteError, match="values in 'noise'.*two moments"):
             bae.impute(predictive_of(wide, None), made.x, mask_of(40), method=FixedPoint(1, noise=True), n_draws=4)
         options = {"method": ImportanceResampling(5, bae.codes.Laplace(0)), "n_draws": 4}

@@ -91,3 +91,8 @@ def test_bernoulli_range():
 @pytest.mark.parametrize("head", [bae.likelihoods.Bernoulli(), bae.likelihoods.ContinuousBernoulli()])
 def test_no_rows_have_no_range(head):
     head.check(torch.zeros(0, 3))
+
+
+def test_a_scale_whose_square_overflows_is_refused():
+    with pytest.raises(bae.errors.DataError, match="a scale whose square is finite"):
+        bae.likelihoods.Gaussian(1e200)
