@@ -260,12 +260,12 @@ def main() -> None:
     records = report.Records()
     for config in [FAST] if flags.fast else [KNOWN[name] for name in flags.data]:
         distances: dict[str, list[Tensor]] = {}
-        for seed in flags.seeds:
+        for number, seed in enumerate(flags.seeds):
             world = make_world(config, seed)
             found = measure(config, world, records, seed)
             for name, curves in found.items():
                 distances.setdefault(name, []).append(curves.distances)
-            if seed == flags.seeds[0]:
+            if number == 0:
                 draw(config, world, found, flags.figures / f"geodesics_{config.data}.png")
             print(f"{config.data}, seed {seed}: { ({n: round(c.seconds) for n, c in found.items()}) } s", flush=True)
         if len(flags.seeds) > 1:
