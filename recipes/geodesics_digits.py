@@ -88,7 +88,7 @@ class World:
     codes: Tensor
     labels: Tensor
     decoder: geometry.DecoderDraws
-    laplace: Callable[[Tensor], Tensor]
+    laplace: Callable[[Tensor], Tensor] | None
     starts: Tensor
     ends: Tensor
 
@@ -128,8 +128,10 @@ def make_world(config: Config, seed: int) -> World:
         batch = bae.Batch(codes[some], target=train[some])
         bae.fit_model(own, batch, epochs=config.own_epochs, seed=1000 * seed + number, **options)
         members.append(own.decoder.requires_grad_(False))
-    posterior = bae.fit_weights(bae.weights.Laplace(subset=["decoder.**"]), first, train, seed=seed)
-    laplace = bae.Predictive(first, posterior).decoder(max(config.n_weight_draws, 1), seed=seed)
+    laplace = None
+    if config.n_weight_draws:
+        posterior = bae.fit_weights(bae.weights.Laplace(subset=["decoder.**"]), first, train, seed=seed)
+        laplace = bae.Predictive(first, posterior).decoder(config.n_weight_draws, seed=seed)
     return World(train, codes, labels, geometry.DecoderDraws(members), laplace, codes[pairs[:, 0]], codes[pairs[:, 1]])
 
 
@@ -156,7 +158,7 @@ def curves_of(config: Config, world: World) -> dict[str, Curves]:
         "expected metric": geometry.Pullback(world.decoder),
         "independent draws": geometry.IndependentDraws(world.decoder),
     }
-    if config.n_weight_draws:
+    if world.laplace is not None:
         metrics["Laplace: expected metric"] = geometry.Pullback(world.laplace)
         metrics["Laplace: independent draws"] = geometry.IndependentDraws(world.laplace)
     found = {STRAIGHT: Curves(straight, (world.ends - world.starts).norm(dim=1), 1.0, 0.0)}
