@@ -139,15 +139,9 @@ def shortest(config: Config, metric: geometry.SegmentEnergy, world: World) -> Cu
     """The better of a straight start and one along a graph of encoded images."""
     start, n = time.perf_counter(), config.n_segments
     graph = geometry.neighbour_graph(metric, world.codes[: config.n_nodes])
-    initial = geometry.graph_starts(graph, world.starts, world.ends, n_segments=n)
-    first, second = (
-        geometry.geodesics(metric, world.starts, world.ends, n_segments=n, initial=one) for one in (None, initial)
-    )
-    is_second = second.energy < first.energy
-    points = torch.where(is_second[:, None, None], second.points, first.points)
-    converged = torch.where(is_second, second.has_converged, first.has_converged).double().mean()
-    lengths = torch.where(is_second, second.length, first.length)
-    return Curves(points, lengths, float(converged), time.perf_counter() - start)
+    found = geometry.geodesics(metric, world.starts, world.ends, n_segments=n, graph=graph)
+    converged = float(found.has_converged.double().mean())
+    return Curves(found.points, found.length, converged, time.perf_counter() - start)
 
 
 def curves_of(config: Config, world: World) -> dict[str, Curves]:

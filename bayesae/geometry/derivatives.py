@@ -14,6 +14,7 @@ from bayesae.errors import BayesAEError, DataError, NonFiniteError, ShapeError, 
 __all__ = [
     "Decoder",
     "DecoderDraws",
+    "by_parts",
     "check_codes",
     "check_outputs",
     "checked_points",
@@ -26,6 +27,7 @@ __all__ = [
 
 # of outputs and derivatives at once: on a CPU larger blocks are handed back to the system each time, and cost twice
 _NUMBERS_ON_CPU, _NUMBERS_ON_DEVICE = 2**22, 2**25
+_FEW = 64  # codes that are not worth a look at how large an output is
 
 Decoder = Callable[[Tensor], Tensor]
 r"""Codes (B, Z) to outputs (S, B, \*D) of S weight draws, as `Predictive.decoder` makes it."""
@@ -147,6 +149,23 @@ def rows_at_once(decoder: Decoder, code: Tensor, n_passes: int) -> int:
     with torch.no_grad():
         numbers = flat_outputs(decoder, code).numel() * n_passes
     return max(1, (_NUMBERS_ON_CPU if code.device.type == "cpu" else _NUMBERS_ON_DEVICE) // numbers)
+
+
+def by_parts(function: Callable[[Tensor], Tensor], decoder: Decoder, z: Tensor) -> Tensor:
+    r"""A function of codes and their 1 + Z values and derivatives, some codes at a time, so that memory stays bounded.
+
+    Args:
+        function: Of (B, Z), row by row, to (B, \*).
+        decoder: Codes (B, Z) to outputs (S, B, \*D), which it differentiates.
+        z: (B, Z).
+
+    Returns:
+        (B, \*).
+    """
+    if len(z) <= _FEW:
+        return function(z)
+    n = max(_FEW, rows_at_once(decoder, z[:1], 1 + z.shape[1]))
+    return torch.cat([function(part) for part in z.split(n)])
 
 
 def with_columns(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

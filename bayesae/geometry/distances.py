@@ -12,7 +12,7 @@ from torch import Tensor
 from bayesae.errors import DataError, NonFiniteError, ShapeError
 from bayesae.geometry.derivatives import checked_points
 from bayesae.geometry.geodesics import geodesics
-from bayesae.geometry.graph import CodeGraph, graph_starts
+from bayesae.geometry.graph import CodeGraph
 from bayesae.geometry.maps import exponential, logarithm
 from bayesae.geometry.metrics import Metric, SegmentEnergy
 
@@ -26,7 +26,7 @@ class Distances:
     Args:
         matrix: (N, N), float64, symmetric.
         pairs: Pairs that were checked, (R, 2).
-        solved: Their lengths by `geodesics`, (R,): the shorter of a straight start and one along the graph's path.
+        solved: Their lengths by `geodesics` with the graph's paths as a second start, (R,).
         has_converged: Whether the solver converged on each, (R,).
     """
 
@@ -83,13 +83,8 @@ def distance_matrix(
     starts, ends = graph.nodes[pairs[:, 0]], graph.nodes[pairs[:, 1]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # told by has_converged
-        straight = geodesics(metric, starts, ends, n_segments=n_segments)
-        initial = graph_starts(graph, starts, ends, n_segments=n_segments)
-        along = geodesics(metric, starts, ends, n_segments=n_segments, initial=initial)
-    is_better = along.length < straight.length
-    solved = torch.where(is_better, along.length, straight.length).cpu()
-    has_converged = torch.where(is_better, along.has_converged, straight.has_converged).cpu()
-    return Distances(matrix, pairs, solved, has_converged)
+        curves = geodesics(metric, starts, ends, n_segments=n_segments, graph=graph)
+    return Distances(matrix, pairs, curves.length.cpu(), curves.has_converged.cpu())
 
 
 def geodesic_neighbours(matrix: Tensor, k: int) -> Tensor:

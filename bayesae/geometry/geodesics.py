@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
 from bayesae.geometry.curves import CubicSpline, checked_squares, end_slopes, straight_lines
 from bayesae.geometry.derivatives import checked_points
+from bayesae.geometry.graph import CodeGraph, graph_starts
 from bayesae.geometry.metrics import Metric, SegmentEnergy
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 
@@ -38,7 +39,7 @@ class Geodesics:
         coarseness: Share by which the length (of ``metric.as_metric()``) grows when every segment is halved, (P,):
             about three quarters of what the chords miss. Large where a segment jumps between codes that decode alike,
             infinite where the metric is not finite between points.
-        n_iterations: Steps that were tried, over all levels, (P,).
+        n_iterations: Steps that were tried, over all levels and starts, (P,).
         has_converged: Whether ``residual`` is at most the tolerance, at a positive definite Hessian (the points are
             then a local minimum to second order), and ``coarseness`` at most 0.1, (P,).
         is_straight: Whether the straight line was kept because the solver found nothing shorter, (P,).
@@ -66,6 +67,7 @@ def geodesics(
     *,
     n_segments: int = 32,
     initial: Tensor | None = None,
+    graph: CodeGraph | None = None,
     tolerance: float = 1e-6,
     max_iterations: int = 100,
 ) -> Geodesics:
@@ -83,7 +85,10 @@ def geodesics(
         starts: Codes (P, Z); gradients do not pass.
         ends: Codes (P, Z).
         n_segments: n, at least 2.
-        initial: Curves to start from, (P, m + 1, Z), such as `graph_starts` gives; straight lines if None.
+        initial: Curves to start from, (P, m + 1, Z); straight lines if None.
+        graph: Whose shortest paths are a second start, such as `neighbour_graph` of encoded data; of both results the
+            one of less energy is kept for each pair. It finds the way around a region without data, which a straight
+            start runs through. None: one start only.
         tolerance: Largest ``residual`` of a curve that counts as converged.
         max_iterations: Steps that are tried on each level.
 
@@ -93,11 +98,12 @@ def geodesics(
     Exact when: the outputs are linear in the code: straight lines, of length ``|W (b - a)|``.
     Biased when: there are few segments (see `chord_length`), or several local minima: a start elsewhere may find a
         shorter curve.
-    Cost: some 5 to 10 expansions of the metric at the points, most of them with 8 segments.
+    Cost: some 5 to 10 expansions of the metric at the points, most of them with 8 segments; with a graph twice that,
+        and a shortest-path search a pair.
 
     Raises:
         ShapeError: If the pairs do not fit each other, or ``initial`` does not fit them.
-        DataError: If two ends are equal, or the metric is not positive definite.
+        DataError: If two ends are equal, no path of the graph joins a pair, or the metric is not positive definite.
         NonFiniteError: If a code or an energy is not finite.
         UnsupportedError: If outputs do not change along a straight line, or have no derivative.
     """
@@ -107,8 +113,33 @@ def geodesics(
         raise DataError("n_segments >= 2 and max_iterations >= 1", got, "32 and 100 will do.")
     straight = straight_lines(starts, ends, n_segments)
     straight_squared = _checked_squared(metric, straight)
-    points = straight if initial is None else _checked_initial(initial, starts, ends)
-    n_iterations = torch.zeros(len(starts), dtype=torch.long, device=starts.device)
+    result = None
+    firsts = [straight if initial is None else _checked_initial(initial, starts, ends)]
+    if graph is not None:
+        firsts.append(graph_starts(graph, starts, ends, n_segments=n_segments))
+    for first in firsts:
+        found = _solved(metric, first, straight, straight_squared, tolerance, max_iterations)
+        result = found if result is None else _better(result, found)
+    assert result is not None
+    n_failed = int((~result.has_converged).sum())
+    if n_failed:
+        fix = "See .residual and .coarseness; allow more iterations or segments, or start along a graph too."
+        message = f"{n_failed} of {len(starts)} geodesics have not converged. {fix}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return result
+
+
+def _solved(
+    metric: SegmentEnergy,
+    points: Tensor,
+    straight: Tensor,
+    straight_squared: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> Geodesics:
+    """From one start (P, m + 1, Z); straight lines (P, n + 1, Z) and their squared segments (P, n)."""
+    n_segments = straight_squared.shape[1]
+    n_iterations = torch.zeros(len(points), dtype=torch.long, device=points.device)
     residual = torch.full_like(straight_squared[:, 0], torch.inf)
     for n in _levels(n_segments):
         solver = _Solver(metric, tolerance if n == n_segments else max(tolerance, _COARSE_TOLERANCE), max_iterations)
@@ -122,16 +153,19 @@ def geodesics(
         residual[is_straight] = _Solver(metric, tolerance, 1).residual(points[is_straight])
     coarseness = _coarseness(metric.as_metric(), points)
     straight_length = _length(straight_squared)
-    result = Geodesics(
+    return Geodesics(
         points, n_segments * squared.sum(1), torch.minimum(_length(squared), straight_length), straight_length,
         residual, coarseness, n_iterations, (residual <= tolerance) & (coarseness <= _COARSE), is_straight,
     )  # fmt: skip
-    n_failed = int((~result.has_converged).sum())
-    if n_failed:
-        fix = "See .residual and .coarseness; allow more iterations or segments, or start from graph_starts."
-        message = f"{n_failed} of {len(starts)} geodesics have not converged. {fix}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return result
+
+
+def _better(one: Geodesics, other: Geodesics) -> Geodesics:
+    """Of each pair the curve of less energy; the steps of both."""
+    is_other, named = other.energy < one.energy, {}
+    for name in (field.name for field in fields(Geodesics)):
+        mine, its = getattr(one, name), getattr(other, name)
+        named[name] = torch.where(is_other.reshape(-1, *[1] * (mine.dim() - 1)), its, mine)
+    return Geodesics(**(named | {"n_iterations": one.n_iterations + other.n_iterations}))
 
 
 def checked_pairs(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import ShapeError
-from bayesae.geometry.derivatives import Decoder, check_outputs, gradient_and_hessian, rows_at_once, with_columns
+from bayesae.geometry.derivatives import (
+    Decoder,
+    by_parts,
+    check_outputs,
+    gradient_and_hessian,
+    rows_at_once,
+    with_columns,
+)
 from bayesae.geometry.fisher import Fisher
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 
@@ -178,6 +185,9 @@ class FisherPullback(Metric):
 
     def __call__(self, z: Tensor) -> Tensor:
         """G (B, Z, Z)."""
+        return by_parts(self._matrices, self.decoder, z)
+
+    def _matrices(self, z: Tensor) -> Tensor:
         outputs, columns = with_columns(self.decoder, z)
         check_outputs(outputs, len(z))
         weighted = torch.stack([self.fisher(outputs, column) for column in columns])

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesae.geometry.derivatives import Decoder, columns_and_bending, flat_outputs, rows_at_once, with_columns
+from bayesae.geometry.derivatives import (
+    Decoder,
+    by_parts,
+    columns_and_bending,
+    flat_outputs,
+    rows_at_once,
+    with_columns,
+)
 from bayesae.geometry.metrics import Expansion, Metric, SegmentEnergy
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 
@@ -108,6 +115,9 @@ class Pullback(_OfOutputs, Metric):
 
     def __call__(self, z: Tensor) -> Tensor:
         """G (B, Z, Z)."""
+        return by_parts(self._matrices, self.decoder, z)
+
+    def _matrices(self, z: Tensor) -> Tensor:
         outputs, columns = with_columns(self._flat, z)
         return torch.einsum("isbd,jsbd->bij", columns, columns) / len(outputs)
 

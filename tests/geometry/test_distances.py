@@ -95,6 +95,36 @@ def test_a_start_on_the_graph_finds_the_shorter_way():
     assert found.has_converged.all() and found.length < 1.01 * math.pi < found.straight_length
 
 
+def barred(z):
+    """The ring with a bar across its top."""
+    apart = (z - torch.tensor([0.0, 1.0]).to(z)).square().sum(1)
+    return (1 + 40 * (-10 * apart).exp())[:, None, None] * ring(z)
+
+
+def test_of_a_straight_start_and_one_along_a_graph_the_better_is_kept_pair_by_pair():
+    metric = geometry.MetricFunction(barred)
+    angles = torch.linspace(0, 2 * math.pi, 40, dtype=torch.float64)[:-1]
+    z = torch.stack([angles.cos(), angles.sin()], 1)
+    starts, ends = torch.tensor([[0.95, 0.3], [1.0, 0.0]]).double(), torch.tensor([[-0.95, 0.3], [0.8, -0.6]]).double()
+    graph = geometry.neighbour_graph(metric, z, n_neighbours=2)
+    initial = geometry.graph_starts(graph, starts, ends)
+    straight, both = (geometry.geodesics(metric, starts, ends, graph=one) for one in (None, graph))
+    along = geometry.geodesics(metric, starts, ends, initial=initial)
+    assert straight.has_converged.all() and both.has_converged.all()
+    assert both.energy[0] < 0.6 * straight.energy[0]  # under the ring, not through it
+    assert_close(both.energy, torch.minimum(straight.energy, along.energy))
+    assert_close(both.n_iterations, straight.n_iterations + along.n_iterations)
+    assert both.points[0, 16, 1] < -0.9 and straight.points[0, 16, 1] > 0.2
+    for name in ("length", "residual", "coarseness", "is_straight"):
+        assert_close(getattr(both, name)[0], getattr(along, name)[0], rtol=1e-6, atol=1e-12)
+    # pairs that are solved with others stop a little earlier or later
+    other = geometry.geodesics(metric, starts.flip(0), ends.flip(0), initial=straight.points.flip(0), graph=graph)
+    assert_close(other.energy.flip(0), both.energy, rtol=1e-5, atol=0)
+    apart = geometry.CodeGraph(z[[0, 20]], torch.zeros(0, 2).long(), torch.zeros(0).double())
+    with pytest.raises(bae.errors.DataError, match="none for pair 0"):
+        geometry.geodesics(metric, starts[:1], ends[:1], graph=apart)
+
+
 def test_neighbours_are_sorted():
     z = codes(9)
     matrix = torch.cdist(z, z)

@@ -247,3 +247,24 @@ def test_what_is_refused():
         geometry.Pullback(lambda c: torch.as_tensor(c.detach().numpy())[None])(z)
     with pytest.raises(bae.errors.ShapeError, match="mean and log-scale"):
         geometry.gaussian_fisher(z[:, :1], z[:, :1])
+
+
+@pytest.mark.parametrize("kind", ["outputs", "Fisher"])
+def test_many_codes_are_taken_in_parts(kind, monkeypatch):
+    """No more at once than memory allows, and what comes is the same."""
+    seen, inner = [], network()
+
+    def decoder(z):
+        seen.append(len(z))
+        return inner(z)
+
+    metric = (
+        geometry.Pullback(decoder) if kind == "outputs" else geometry.FisherPullback(decoder, geometry.bernoulli_fisher)
+    )
+    z = codes(200)
+    whole = metric(z)
+    assert max(seen) == 200
+    seen.clear()
+    monkeypatch.setattr(derivatives, "_NUMBERS_ON_CPU", 3 * 15 * 70)  # values and two derivatives of 3 draws x 5
+    assert_close(metric(z), whole, rtol=1e-12, atol=0)
+    assert max(seen) == 70
