@@ -360,3 +360,35 @@ def test_a_solver_that_does_not_converge_says_so():
     # one with 8 segments, one with 32, and one with 16 where the first left something to gain
     assert (found.n_iterations >= 2).all() and (found.n_iterations <= 3).all()
     assert (found.length <= found.straight_length).all()
+
+
+def test_points_that_jump_between_codes_that_decode_alike_have_not_converged():
+    """Two chords around a circle of radius 0.3, each a whole turn: stationary, and no curve."""
+
+    def helix(z):
+        angle = 2 * math.pi * z[:, :1]
+        return torch.cat([0.3 * angle.cos(), 0.3 * angle.sin(), z[:, 1:]], 1)[None]
+
+    starts, ends = torch.zeros(1, 2).double(), torch.tensor([[2.0, 1.0]]).double()
+    with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
+        found = geometry.geodesics(geometry.Pullback(helix), starts, ends, n_segments=2)
+    assert found.residual.max() < 1e-6 and not found.has_converged.any()
+    assert_close(found.coarseness, torch.tensor([4 * math.hypot(0.6, 0.25) - 1]).double())
+
+
+def test_of_independent_draws_a_curve_of_less_energy_that_is_longer_is_not_kept():
+    """The draws agree at 0, 1/2 and 1: equal steps have less energy, and more length, as their node is uncertain."""
+
+    def decoder(z):
+        spread = 0.23 * torch.sin(2 * math.pi * z)
+        return torch.stack([torch.cat([z**2, sign * spread], 1) for sign in (1, -1)])
+
+    starts, ends = torch.zeros(1, 1).double(), torch.ones(1, 1).double()
+    metric = geometry.IndependentDraws(decoder)
+    with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
+        found = geometry.geodesics(metric, starts, ends, n_segments=2)
+    assert found.is_straight.all() and found.points[0, 1, 0] == 0.5
+    assert_close(found.length, torch.ones(1).double())
+    nearer = torch.tensor([[[0.0], [0.61], [1.0]]]).double()
+    assert geometry.chord_energy(metric, nearer) < found.energy
+    assert geometry.chord_length(metric, nearer) > found.length
