@@ -29,6 +29,7 @@ class TestRelevance:
         assert bool(found.is_active.all())
         assert set(found.prior.precisions) == {name for name, _ in model.network.named_parameters()}
 
+    @pytest.mark.slow
     def test_training_with_it_finds_the_dimension_and_pruning_keeps_the_outputs(self):
         world = LinearGaussian.make(n_data=200, n_outputs=8, n_latents=2, noise_var=0.3, seed=2)
         torch.manual_seed(0)
