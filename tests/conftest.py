@@ -9,6 +9,7 @@ import torch
 
 import bayesae as bae
 
+torch.set_warn_always(True)  # what torch says once a process must not depend on the order of tests
 # small tensors gain nothing by threads, and threads that wait for cores of other processes are ten times slower
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 

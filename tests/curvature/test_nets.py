@@ -173,7 +173,7 @@ def case(name, like):
     """Network, inputs, Jacobian by parameter, H as a function and written out, and J^T H J."""
     g = n_parameters(like)
     network, x, jacobian, dense = autoencoder(name, g)
-    outputs = network(x)
+    outputs = network(x).detach()
     hessian = LIKELIHOODS[like](math.prod(outputs.shape[1:] if g < 2 else outputs.shape[1:-1])).output_hessian
     of_outputs = zoo.dense_hessian(hessian, outputs)
     return network, x, jacobian, hessian, of_outputs, ggn(dense, of_outputs)

@@ -99,6 +99,7 @@ def test_downloads_once_and_checks(root, files, monkeypatch):
         (gzip.compress(b"\1\2\3\4rest"), "idx file of bytes"),
         (gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 9) + b"abc"), "9 bytes"),
     ],
+    ids=["no gzip", "other type", "too short"],  # not the bytes: they hold the time
 )
 def test_damaged_files(tmp_path, content, message):
     path = tmp_path / "x.gz"
