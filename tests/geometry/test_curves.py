@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import geometry
-from bayesae.geometry.curves import end_slopes
+from bayesae.geometry.curves import checked_squares, end_slopes
 from tests.geometry.surfaces import HYPERBOLIC, SPHERE, codes, linear
 
 TIMES = torch.linspace(0, 1, 41, dtype=torch.float64)
@@ -50,6 +50,20 @@ def test_splines_of_smooth_curves_converge_at_order_four():
     assert errors[1] < errors[0] / 12
     few = end_slopes(wave(torch.linspace(0, 1, 3, dtype=torch.float64))[None, :, 1:])
     assert_close(few, torch.tensor([[[0.0], [2.0]]], dtype=torch.float64))  # exact for t^2 with three points
+
+
+def test_slopes_at_the_ends_are_exact_for_polynomials_as_far_as_the_points_tell():
+    for order, n in ((2, 2), (3, 3), (4, 4), (4, 9)):
+        times = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+        slopes = end_slopes((1 + times[:, None]).pow(order)[None])
+        assert_close(slopes, torch.tensor([[[order], [order * 2 ** (order - 1)]]]).double(), rtol=1e-12, atol=0)
+
+
+def test_only_rounding_may_be_below_zero():
+    squared = torch.tensor([1.0, -1e-6]).double()
+    assert checked_squares(squared, "here").tolist() == [1.0, 0.0]
+    with pytest.raises(bae.errors.DataError, match="1 squared lengths below 0 of 2 here"):
+        checked_squares(torch.tensor([1.0, -1e-4]).double(), "here")
 
 
 def test_lengths_of_known_curves():
