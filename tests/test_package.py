@@ -75,9 +75,9 @@ torch.manual_seed(3); np.random.seed(3)
 before = (torch.get_rng_state().clone(), torch.get_default_dtype(), torch.is_grad_enabled(),
           torch.distributions.Distribution._validate_args, list(logging.root.handlers), logging.root.level,
           np.random.get_state()[1].tolist(), list(warnings.filters))
-start = time.perf_counter()
+start = time.process_time()
 import bayesae
-took = time.perf_counter() - start
+took = time.process_time() - start
 after = (torch.get_rng_state().clone(), torch.get_default_dtype(), torch.is_grad_enabled(),
          torch.distributions.Distribution._validate_args, list(logging.root.handlers), logging.root.level,
          np.random.get_state()[1].tolist(), list(warnings.filters))

@@ -91,6 +91,11 @@ def test_expansions_are_the_derivatives_of_the_energy(energy):
         return torch.stack(pairs).sum() / 9
 
     found = energy.expansion(points, has_curvature=True)
+    positive = energy.expansion(points, has_curvature=False)
+    assert positive.curvature is None
+    assert_close(positive.gradient, found.gradient)
+    assert_close(positive.stiffness.diagonal, found.stiffness.diagonal)
+    assert_close(positive.stiffness.upper, found.stiffness.upper)
     for number, curve in enumerate(points):
         inner = curve[1:-1].clone()
         gradient = torch.func.grad(total)(inner, curve)
