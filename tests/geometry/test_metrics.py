@@ -273,3 +273,14 @@ def test_many_codes_are_taken_in_parts(kind, monkeypatch):
     monkeypatch.setattr(derivatives, "_NUMBERS_ON_CPU", 3 * 15 * 70)  # values and two derivatives of 3 draws x 5
     assert_close(metric(z), whole, rtol=1e-12, atol=0)
     assert max(seen) == 70
+
+
+@pytest.mark.parametrize("metric", [
+    geometry.Euclidean(), geometry.Pullback(linear()[1]), geometry.IndependentDraws(linear()[1]),
+    geometry.FisherPullback(linear()[1], lambda outputs, tangent: tangent),
+], ids=lambda metric: type(metric).__name__)  # fmt: skip
+def test_where_the_metric_is_constant_the_positive_part_is_all(metric):
+    found = metric.expansion(codes(15).reshape(3, 5, 2), has_curvature=True)
+    size = found.stiffness.diagonal.abs().max()
+    for part in (found.curvature.diagonal, found.curvature.upper):
+        assert part.abs().max() < 1e-12 * size
