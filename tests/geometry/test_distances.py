@@ -41,6 +41,11 @@ def test_a_grid_is_within_its_directions_of_a_plane():
     assert (paths[:, :12][off] >= apart[off] * (1 - 1e-12)).all()
     # up to 1.4 % for directions, and two crooked steps at the ends
     assert (paths[:, :12] <= 1.014 * apart + 0.5 * 2.4 / 60).all()
+    # a code meets the 16 nodes around it
+    cell = float((found.nodes[13] - found.nodes[12]).abs().max())
+    for number in range(12):
+        around = found.nodes[found.edges[found.edges[:, 0] == number, 1]]
+        assert len(around) == 16 and ((around - z[number]).abs() < 2 * cell).all()
 
 
 def test_distances_of_a_curved_space():

@@ -184,3 +184,10 @@ def test_what_is_refused():
         geometry.exponential(hole, 0 * z, 0 * v + torch.tensor([9.0, 0.0]).double())
     with pytest.raises(bae.errors.ShapeError, match="vectors"):
         geometry.parallel_transport(SPHERE, geometry.Polyline(codes(8).reshape(2, 4, 2)), v[:1])
+
+
+def test_a_tolerance_below_rounding_is_that_of_rounding():
+    z, v = codes(3).float(), codes(3, seed=1, low=(-1, -1), high=(1, 1)).float()
+    end, _ = geometry.exponential(SPHERE_METRIC, z, v, tolerance=1e-12, max_steps=100)
+    exact, _ = geometry.exponential(SPHERE_METRIC, z.double(), v.double())
+    assert_close(end.double(), exact, rtol=0, atol=1e-4)
