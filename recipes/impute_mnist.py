@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 import bayesae as bae
 from bayesae import report, weights
+from bayesae.types import Likelihood
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ POSTERIORS: dict[str, Callable[[Config], weights.WeightInference]] = {
     "Laplace": lambda c: weights.Laplace(subset=["decoder.**"]),
     "ensemble": lambda c: weights.Ensemble(c.n_members, c.epochs, c.learning_rate),
 }
-NOISES: dict[str, Callable[[float], bae.types.Likelihood]] = {
+NOISES: dict[str, Callable[[float], Likelihood]] = {
     "": lambda floor: bae.likelihoods.Gaussian(per_output=True, floor=floor),
     ", Student-t": lambda floor: bae.likelihoods.StudentT(per_output=True, floor=floor),
 }
