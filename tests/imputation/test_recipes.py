@@ -19,7 +19,7 @@ def test_impute_tables(tmp_path):
 def test_impute_mnist(tmp_path):
     records = run("impute_mnist.py", tmp_path, row="| ensemble")
     assert {row.setting for row in records.rows} >= {"lower half", "random half"}
-    for method in ("MAP", "Laplace", "ensemble", "MAP, Student-t", "ensemble, Student-t"):
+    for method in ("MAP", "Laplace", "ensemble", "MAP, Student-t", "ensemble, Student-t", "MAP, noise of the code"):
         where = {"setting": "random half", "method": method}
         assert records.mean(metric="accuracy", **where) > records.mean(
             setting="random half", method="zeros", metric="accuracy"
