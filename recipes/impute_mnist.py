@@ -166,7 +166,8 @@ def run(config: Config, flags: report.Flags, records: report.Records) -> dict[st
 
         masks = {setting: mask_of(setting, images, seed) for setting in SETTINGS}
         for setting, mask in masks.items():
-            add(setting, "complete", {"accuracy": accuracy(classifier, images[None], labels)})
+            zeros = float((images == 0)[~mask & is_alive].double().mean())
+            add(setting, "complete", {"accuracy": accuracy(classifier, images[None], labels), "share of zeros": zeros})
             add(setting, "zeros", {"accuracy": accuracy(classifier, (images * mask)[None], labels)})
         method = bae.imputation.ImportanceResampling(config.n_proposals, bae.codes.Laplace(6, "line_search"))
         models: dict[str, bae.Autoencoder] = {}
@@ -227,11 +228,14 @@ def main() -> None:
     configs = [FAST] if flags.fast else [KNOWN[name] for name in flags.data]
     records = report.Records()
     columns = ["RMSE", *(f"coverage {100 * level:g}" for level in LEVELS), "log-likelihood", "accuracy"]
-    columns += [f"share of {name}" for name in ("noise", "code", "weights")] + ["ESS"]
+    columns += [f"share of {name}" for name in ("noise", "code", "weights", "zeros")] + ["ESS"]
     for config in configs:
         shown = run(config, flags, records)
         of_data = report.Records([row for row in records.rows if row.data == config.data])
-        print(report.table(of_data, metrics=columns), end="\n\n")
+        known = {row.metric for row in of_data.rows}
+        print(report.table(of_data, metrics=[name for name in columns if name in known]), end="\n\n")
+        if flags.json:
+            records.save(flags.json, keeps_others=True)
         if shown:
             images = bae.datasets.load(config.data, split="test")[: config.n_test]
             name = "impute_mnist.png" if config in (FAST, KNOWN["mnist"]) else f"impute_{config.data}.png"
