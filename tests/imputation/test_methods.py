@@ -121,6 +121,17 @@ def test_weight_draws_have_codes_of_their_own(method):
 
 
 @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
+def test_draws_around_a_mode_count_in_full_where_the_posterior_is_normal_only():
+    made, mask = world(), mask_of(40)
+    linear = bae.impute(predictive_of(made.model("location"), None), made.x, mask, method=CodeLaplace(1), n_draws=20)
+    assert_close(linear.ess, torch.full((40,), 20.0).double())
+    torch.manual_seed(0)
+    bent = bae.Autoencoder(bae.nets.mlp(5, [8], 2), bae.nets.mlp(2, [8], 5), bae.likelihoods.Gaussian(0.1)).double()
+    curved = bae.impute(predictive_free(bent.eval()), made.x, mask, method=CodeLaplace(8), n_draws=20, seed=0)
+    assert float(curved.ess.median()) < 19 and float(curved.ess.max()) <= 20
+
+
+@pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
 def test_figures_of_hamiltonian_chains():
     predictive = predictive_of(world().model("location"), None, shifts=(0.0, 1.0))
     found = bae.impute(predictive, world().x, mask_of(40), method=CodeHMC(50, 60), n_draws=40, seed=0)
@@ -168,6 +179,13 @@ class TestFixedPoint:
         with torch.no_grad():
             again = predictive.model(both[1])
         assert_close(both[1][:, MISSING], again[:, MISSING], rtol=0, atol=1e-7)
+
+    def test_residuals_are_what_each_row_moved_last(self):
+        made = world()
+        found = bae.impute(
+            predictive_of(made.model("location"), None), made.x, mask_of(40), method=FixedPoint(2000, 1e-3), n_draws=1
+        )
+        assert bool((found.residual > 0).all() and (found.residual <= 1e-3).all())  # nobody's is that of standing still
 
     def test_noise_is_added_on_request(self):
         made = world()
