@@ -28,8 +28,9 @@ class TestIntervals:
         ordered = draws.draws.sort(0).values
         assert_close(low, ordered[1], rtol=0, atol=1e-12)
         assert_close(high, ordered[-2], rtol=0, atol=1e-12)
-        half = draws.interval(0.875)[0]  # place 2.5
-        assert_close(half, 0.5 * (ordered[1] + ordered[2]), rtol=0, atol=1e-12)
+        low_half, high_half = draws.interval(0.885)  # place 2.3
+        assert_close(low_half, 0.7 * ordered[1] + 0.3 * ordered[2], rtol=0, atol=1e-12)
+        assert_close(high_half, 0.7 * ordered[-2] + 0.3 * ordered[-3], rtol=0, atol=1e-12)
         assert bool((low[draws.mask] == high[draws.mask]).all())
 
     @pytest.mark.parametrize(("level", "n_draws"), [(0.9, 19), (0.5, 39), (0.8, 29)])
