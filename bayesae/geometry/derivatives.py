@@ -164,8 +164,8 @@ def by_parts(function: Callable[[Tensor], Tensor], decoder: Decoder, z: Tensor) 
     """
     if len(z) <= _FEW:
         return function(z)
-    n = max(_FEW, rows_at_once(decoder, z[:1], 1 + z.shape[1]))
-    return torch.cat([function(part) for part in z.split(n)])
+    parts = z.split(rows_at_once(decoder, z[:1], 1 + z.shape[1]))
+    return torch.cat([function(part) for part in parts])
 
 
 def with_columns(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

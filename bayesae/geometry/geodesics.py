@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -113,14 +114,11 @@ def geodesics(
         raise DataError("n_segments >= 2 and max_iterations >= 1", got, "32 and 100 will do.")
     straight = straight_lines(starts, ends, n_segments)
     straight_squared = _checked_squared(metric, straight)
-    result = None
     firsts = [straight if initial is None else _checked_initial(initial, starts, ends)]
     if graph is not None:
         firsts.append(graph_starts(graph, starts, ends, n_segments=n_segments))
-    for first in firsts:
-        found = _solved(metric, first, straight, straight_squared, tolerance, max_iterations)
-        result = found if result is None else _better(result, found)
-    assert result is not None
+    found = (_solved(metric, first, straight, straight_squared, tolerance, max_iterations) for first in firsts)
+    result = reduce(_better, found)
     n_failed = int((~result.has_converged).sum())
     if n_failed:
         fix = "See .residual and .coarseness; allow more iterations or segments, or start along a graph too."
