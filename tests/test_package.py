@@ -19,7 +19,7 @@ FLOORS = {
     "predictive": 5.75, "calibration": 3.5, "encoding": 5.5, "weights": 5, "codes": 5, "families": 4, "models": 3,
     "joint": 3, "subset": 3, "objectives": 3, "ood": 3, "decisions": 3, "metrics": 3, "curvature": 3,
     "draws": 2, "functional": 2, "likelihoods": 2, "data": 2,
-    "types": 1, "distributed": 1.25, "schedules": 1, "lazy": 1,
+    "types": 1, "forward_mode": 1, "distributed": 1.25, "schedules": 1, "lazy": 1,
     "errors": 0, "random": 1, "nets": 1.5, "priors": 1.5, "geometry": 1.5, "datasets": 1.5, "plots": 1.5,
 }  # fmt: skip
 # the reasons are in ARCHITECTURE.md

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import bayesae as bae
 from bayesae import functional, random
 from bayesae.draws import concatenate_rows
+from bayesae.forward_mode import jvp
 from tests.conftest import small_model
 
 
@@ -130,6 +131,19 @@ class TestDraws:
         joined = concatenate_rows(halves)
         assert torch.equal(joined.latents, draws.latents) and torch.equal(joined.log_prior, draws.log_prior)
         assert joined.log_q is None
+
+
+class TestForwardMode:
+    def test_in_every_mode_and_leaves_it(self):
+        net = nn.Linear(3, 2, dtype=torch.float64)
+        point, along = torch.randn(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                columns = torch.func.vmap(lambda t: jvp(net, (point.clone(),), (t,))[1])(along)
+                value, _ = jvp(net, (point.clone(),), (along[0],))
+                assert torch.is_inference_mode_enabled() is (mode is torch.inference_mode)
+            assert_close(columns, net.weight.T, rtol=0, atol=0)
+            assert value.requires_grad is (mode is torch.enable_grad)
 
 
 class TestSubset:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import UnsupportedError
+from bayesae.forward_mode import jvp
 
 __all__ = ["NormalGradients", "normal_gradients"]
 
@@ -77,7 +78,7 @@ def normal_gradients(
         return NormalGradients(slope.mean(0), (slope[..., :, None] * noise[..., None, :]).mean(0), None)
 
     def column(direction: Tensor) -> Tensor:
-        change = torch.func.jvp(gradient, (latents,), (direction.expand_as(latents),))[1]
+        change = jvp(gradient, (latents,), (direction.expand_as(latents),))[1]
         return change.mean(0)
 
     eye = torch.eye(loc.shape[-1], dtype=loc.dtype, device=loc.device)

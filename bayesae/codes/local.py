@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bayesae.codes.base import CodeModel, differentiating, score_outputs
 from bayesae.curvature.elementwise import ELEMENTWISE
+from bayesae.forward_mode import jvp
 from bayesae.types import Batch, BlockHessian, LowRankHessian, OutputHessian, Params
 
 __all__ = ["Expansion", "Local"]
@@ -103,7 +104,7 @@ class Local:
             return self.model.decode(at, self.batch.context)
 
         def column(direction: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.func.jvp(decode, (z,), (direction.expand_as(z),))  # pyright: ignore[reportReturnType]
+            return jvp(decode, (z,), (direction.expand_as(z),))
 
         eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         with differentiating():
@@ -169,7 +170,7 @@ def _slope(layer: nn.Module, value: Tensor) -> tuple[Tensor, Tensor]:
     if (slope_of := _SLOPES.get(type(layer))) is not None:
         after = layer(value.clone() if getattr(layer, "inplace", False) else value)
         return after, slope_of(after)
-    after, slope = torch.func.jvp(lambda x: layer(x.clone()), (value,), (torch.ones_like(value),))  # pyright: ignore[reportAssignmentType]
+    after, slope = jvp(lambda x: layer(x.clone()), (value,), (torch.ones_like(value),))
     return after, slope
 
 

@@ -9,6 +9,7 @@ from bayesae.curvature.general import gradients
 from bayesae.curvature.hessian import HessianFunction, read_hessian
 from bayesae.curvature.linearisation import Linearisation, pull
 from bayesae.curvature.steps import Step, mapped
+from bayesae.forward_mode import jvp
 from bayesae.types import Params
 
 __all__ = ["ggn_product", "parameter_tangents"]
@@ -53,9 +54,7 @@ def _general_tangents(lin: Linearisation, x: Tensor, vectors: Params) -> Tensor:
     def run(params: Params) -> Tensor:
         return torch.func.functional_call(lin.network, params | others, (x,))
 
-    moved = mapped(
-        lambda *leaves: torch.func.jvp(run, (at,), (dict(zip(vectors, leaves, strict=True)),))[1], 0, *vectors.values()
-    )
+    moved = mapped(lambda *leaves: jvp(run, (at,), (dict(zip(vectors, leaves, strict=True)),))[1], 0, *vectors.values())
     return moved.movedim(0, 1)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from bayesae.forward_mode import jvp
 from bayesae.types import Params
 
 __all__ = [
@@ -294,10 +295,10 @@ class OpaqueStep(Step):
             for t, value in zip(tangents, self.inputs, strict=True)
         )
 
-        def jvp(*one: Tensor) -> Tensor:
-            return torch.func.jvp(lambda *inputs: self.function(self.params, *inputs), self.inputs, one)[1]
+        def along(*one: Tensor) -> Tensor:
+            return jvp(lambda *inputs: self.function(self.params, *inputs), self.inputs, one)[1]
 
-        return mapped(jvp, 1, *full)
+        return mapped(along, 1, *full)
 
     def gradients(self, rows: Tensor) -> Params:
         """Vector-Jacobian products of single data, mapped over data and rows."""
@@ -317,10 +318,10 @@ class OpaqueStep(Step):
         n = next(iter(tangents.values())).shape[0]
         full = {k: tangents[k] if k in tangents else v.new_zeros(n, *v.shape) for k, v in self.params.items()}
 
-        def jvp(one: Params) -> Tensor:
-            return torch.func.jvp(lambda params: self.function(params, *self.inputs), (self.params,), (one,))[1]
+        def along(one: Params) -> Tensor:
+            return jvp(lambda params: self.function(params, *self.inputs), (self.params,), (one,))[1]
 
-        moved = mapped(lambda *leaves: jvp(dict(zip(full, leaves, strict=True))), 0, *full.values())
+        moved = mapped(lambda *leaves: along(dict(zip(full, leaves, strict=True))), 0, *full.values())
         return moved.movedim(0, 1)
 
 

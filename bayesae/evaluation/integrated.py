@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from bayesae.codes import CodePosterior
 from bayesae.codes.base import HasLaw, noise, score_outputs
 from bayesae.draws import logmeanexp_over_latents
 from bayesae.errors import UnsupportedError
+from bayesae.forward_mode import jvp
 from bayesae.functional import parameters_of
 from bayesae.models import Autoencoder, Bound
 from bayesae.subset import Subset

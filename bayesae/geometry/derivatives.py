@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad, vmap
 
 from bayesae.errors import BayesAEError, DataError, NonFiniteError, ShapeError, UnsupportedError
+from bayesae.forward_mode import jvp
 
 __all__ = [
     "Decoder",

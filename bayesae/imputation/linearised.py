@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bayesae.forward_mode import jvp
 from bayesae.models import Autoencoder
 from bayesae.predictive.streams import linearise
 from bayesae.types import Params
@@ -56,7 +57,7 @@ class Linearised:
             def run(params: Params) -> Tensor:
                 return self.model.at(params).decode(codes.unsqueeze(-3), context)
 
-            value, slope = torch.func.jvp(run, (self.mean,), (shift,))  # pyright: ignore[reportAssignmentType]
+            value, slope = jvp(run, (self.mean,), (shift,))
             return value + slope
 
         axis = z.dim() - 3

@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesae.data import check_counts
 from bayesae.draws import Moments
 from bayesae.errors import ShapeError
+from bayesae.forward_mode import jvp
 from bayesae.types import Batch, Likelihood, Params
 
 __all__ = ["Pool", "check_chunk", "check_size", "chunks", "joined", "linearise", "spread"]
@@ -58,7 +59,7 @@ def linearise(run: Callable[[Params], tuple[Tensor, ...]], mean: Params, params:
     r"""First-order expansion of ``run`` around ``mean`` (leaves (1, \*shape)), at every draw: leading axis S."""
 
     def one(shift: Params) -> tuple[Tensor, ...]:
-        value, slope = torch.func.jvp(run, (mean,), (shift,))  # pyright: ignore[reportAssignmentType] - no aux
+        value, slope = jvp(run, (mean,), (shift,))
         return tuple(v + s for v, s in zip(value, slope, strict=True))
 
     shifts = {name: (params[name] - leaf)[:, None] for name, leaf in mean.items()}

@@ -251,9 +251,10 @@ class TestLoaders:
 
 def test_under_inference_mode(model, rows):
     predictive = bae.Predictive(model, normal(model, is_linearised=True))
-    expected = predictive.moments(rows).weights
+    expected, draws = predictive.moments(rows).weights, predictive(rows, seed=0).log_likelihood
     with torch.inference_mode():
         assert torch.equal(predictive.moments(rows).weights, expected)
+        assert torch.equal(predictive(rows, seed=0).log_likelihood, draws)
         fitted = bae.fit_weights(bae.weights.Laplace(), model, rows.clone())
     assert torch.isfinite(fitted.var).all()
 
