@@ -60,6 +60,7 @@ class Draws:
         outputs: Natural parameters, (K, S, B, \*O); None unless they were asked for.
         is_path_gradient: Whether ``log_q`` passes no gradient to the parameters of q but through ``latents``.
         penalty: What training subtracts from the objective of a row, nats, (S, B): a regulariser of q.
+        mask: Which numbers of the data ``log_likelihood`` sums over, (B, \*data); None where all were observed.
     """
 
     latents: Tensor
@@ -71,6 +72,7 @@ class Draws:
     outputs: Tensor | None = None
     is_path_gradient: bool = False
     penalty: Tensor | None = None
+    mask: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -245,7 +247,7 @@ def concatenate_weight_draws(pieces: Sequence[Draws]) -> Draws:
         got = f"others than the first in {n_others} of {len(pieces)} pieces, as of a mixture that learned several"
         fix = "Predict from the components one by one, or without outputs (keep_outputs=False)."
         raise UnsupportedError("one likelihood of all outputs", got, fix)
-    return _joined(pieces, {name: axis - 1 for name, axis in _ROW_AXES[Draws].items()})
+    return _joined(pieces, {name: axis - 1 for name, axis in _ROW_AXES[Draws].items() if axis})
 
 
 def _is_same(one: Likelihood, other: Likelihood) -> bool:
@@ -268,6 +270,6 @@ def _joined(pieces: Sequence[Record], axes: dict[str, int]) -> Record:
 
 
 _ROW_AXES = {
-    Draws: {"latents": 2, "log_likelihood": 2, "log_prior": 2, "log_q": 2, "kl": 1, "outputs": 2, "penalty": 1},
+    Draws: {"latents": 2, "log_likelihood": 2, "log_prior": 2, "log_q": 2, "kl": 1, "outputs": 2, "penalty": 1, "mask": 0},
     Moments: {"mean": 0, "noise": 0, "code": 0, "weights": 0, "standard_error": 0},
 }

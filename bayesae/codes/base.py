@@ -230,4 +230,6 @@ def draws_of(
     outputs = model.decode(latents, batch.context)
     log_likelihood = score_outputs(model.likelihood, outputs, batch)
     log_prior = model.log_prior(latents)
-    return Draws(latents, log_likelihood, log_prior, log_q, model.likelihood, kl, outputs, is_path_gradient)
+    return Draws(
+        latents, log_likelihood, log_prior, log_q, model.likelihood, kl, outputs, is_path_gradient, mask=batch.mask
+    )

@@ -255,9 +255,8 @@ def share_saturated(draws: Draws, *, temperature: float = 1.0, level: float = 0.
 def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: float = 1.0) -> dict[str, Tensor]:
     """Every score of `Draws` at once, from one pass of the predictive.
 
-    Of many rows ``predictive.reduce(ood.all_scores, x)`` keeps no more draws than it needs at a time. Draws of rows
-    with missing entries know their log-densities of what was observed, but no mask: "information_gain" then is that of
-    complete rows, and ``information_gain(draws, mask)`` that of the entries that are there.
+    Of many rows ``predictive.reduce(ood.all_scores, x)`` keeps no more draws than it needs at a time. Rows with missing
+    entries are scored on what was observed.
 
     Args:
         draws: Draws of the predictive at x; with outputs there is "information_gain" too.

@@ -34,7 +34,7 @@ def information_gram(draws: Draws, mask: Tensor | np.ndarray | None = None) -> T
     Args:
         draws: Draws of the predictive, with outputs: ``predictive(x, keep_outputs=True)``.
         mask: True where a number of the data counts, (B, \*data): what the others would show tells nothing then. None
-            counts all.
+            counts what the draws were made from: all numbers, or those that were observed.
 
     Returns:
         G, (B, S, S), positive semi-definite, float64.
@@ -53,6 +53,7 @@ def information_gram(draws: Draws, mask: Tensor | np.ndarray | None = None) -> T
     outputs = draws.outputs.mean(0, dtype=torch.float64)
     centre = outputs.mean(0)
     apart = (outputs - centre).transpose(0, 1)
+    mask = draws.mask if mask is None else mask
     if mask is not None:
         shape = (outputs.shape[1], *draws.likelihood.data_shape(outputs.shape[2:]))
         counts = draws.likelihood.output_mask(fitted_mask(mask, shape).to(outputs.device))
@@ -123,7 +124,7 @@ def information_gain(draws: Draws, mask: Tensor | np.ndarray | None = None) -> T
 
     Args:
         draws: Draws of the predictive, with outputs: ``predictive(x, keep_outputs=True)``.
-        mask: As for `information_gram`; rows that have been seen in part are then scored on what was seen.
+        mask: As for `information_gram`: rows that were seen in part are scored on what was seen, unless it says other.
 
     Returns:
         (B,), nats.

@@ -353,7 +353,7 @@ class Predictive:
         latents, outputs, *rest = (part.squeeze(2).transpose(0, 1) for part in linearise(run, mean, params))
         log_likelihood = score_outputs(self.model.likelihood, outputs, batch)
         log_prior, log_q = self.model.log_prior(latents), rest[0] if rest else None
-        return Draws(latents, log_likelihood, log_prior, log_q, self.model.likelihood, outputs=outputs)
+        return Draws(latents, log_likelihood, log_prior, log_q, self.model.likelihood, outputs=outputs, mask=batch.mask)
 
     def _closed_form(self, rows: Batch, chunk_size: int | None) -> Moments | None:
         """Moments without a draw; None where there are no variances of outputs, or they do not settle the data's."""

@@ -62,6 +62,23 @@ def test_masks_and_particles(model, rows):
     assert_close(found["waic"], ood.waic(predictive(rows, mask, seed=0)))
 
 
+@pytest.mark.parametrize("kind", ["sampled", "linearised", "mixture"])
+@pytest.mark.parametrize("chunk_size", [1, None])
+def test_rows_with_missing_entries_are_scored_on_what_is_there(model, rows, kind, chunk_size):
+    """Draws say what was observed, in chunks and in a mixture too."""
+    weights = normal(model, is_linearised=kind == "linearised")
+    weights = families.Mixture([weights, normal(model, 0.1)]) if kind == "mixture" else weights
+    predictive = bae.Predictive(model, weights, bae.codes.amortised)
+    mask = torch.rand(rows.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[0] = True
+    kept = predictive(rows, mask, keep_outputs=True, chunk_size=chunk_size, **OPTIONS)
+    assert torch.equal(kept.mask, mask)
+    found = predictive.reduce(ood.all_scores, rows, mask, chunk_size=chunk_size, **OPTIONS)["information_gain"]
+    assert_close(found, ood.information_gain(kept, mask))
+    complete = ood.information_gain(kept, torch.ones_like(mask))
+    assert found[0] == complete[0] and bool((found[1:] < complete[1:]).all())
+
+
 def test_a_name_that_some_rows_lack_is_left_out(model, rows):
     """As in a call over all rows, whose codes have a volume only if each of them moves."""
 
