@@ -270,6 +270,15 @@ def _joined(pieces: Sequence[Record], axes: dict[str, int]) -> Record:
 
 
 _ROW_AXES = {
-    Draws: {"latents": 2, "log_likelihood": 2, "log_prior": 2, "log_q": 2, "kl": 1, "outputs": 2, "penalty": 1, "mask": 0},
+    Draws: {
+        "latents": 2,
+        "log_likelihood": 2,
+        "log_prior": 2,
+        "log_q": 2,
+        "kl": 1,
+        "outputs": 2,
+        "penalty": 1,
+        "mask": 0,
+    },
     Moments: {"mean": 0, "noise": 0, "code": 0, "weights": 0, "standard_error": 0},
 }

@@ -289,7 +289,7 @@ def test_calibrations_come_back(tmp_path):
     for value in calibrations():
         check_same(value, there_and_back(value, tmp_path))
     kinds = {type(value) for value in calibrations()}
-    assert kinds == set(values._CALIBRATIONS)
+    assert kinds == set(encoding.CALIBRATIONS)
 
 
 def test_calibrations_that_no_fit_gives_are_refused():

@@ -1,6 +1,6 @@
 """Values of the library as JSON and tensors, and the one file that both go into."""
 
 from bayesae.encoding.file import read, write
-from bayesae.encoding.values import flatten, unflatten
+from bayesae.encoding.values import CALIBRATIONS, flatten, unflatten
 
-__all__ = ["flatten", "read", "unflatten", "write"]
+__all__ = ["CALIBRATIONS", "flatten", "read", "unflatten", "write"]

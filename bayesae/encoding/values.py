@@ -25,7 +25,7 @@ from bayesae.weights import structures
 from bayesae.weights.structures.kronecker import _Corrected
 from bayesae.weights.structures.low_rank import _Sketch
 
-__all__ = ["DTYPES", "flatten", "short", "unflatten"]
+__all__ = ["CALIBRATIONS", "DTYPES", "flatten", "short", "unflatten"]
 
 _MAX_DEPTH = 32  # of values in values; a posterior with parts takes 6
 _MAX_INT = 2**64
@@ -109,8 +109,8 @@ def _public(module: ModuleType) -> list[type]:
 # families, methods, structures, priors, warm-ups and calibrations: their own annotations say what a field may be
 _FAMILIES, _METHODS, _STRUCTURES = (_public(module) for module in (families, weights, structures))
 _OTHERS = [IsotropicNormal, IndependentNormal, ScaleMixture, WarmUp]
-_CALIBRATIONS = [*_public(calibration), ood.CombinedCalibration, ood.ConformalCalibration]
-_OPEN = {cls.__name__: cls for cls in [*_OTHERS, *_FAMILIES, *_METHODS, *_STRUCTURES, *_CALIBRATIONS]}
+CALIBRATIONS = (*_public(calibration), ood.CombinedCalibration, ood.ConformalCalibration)
+_OPEN = {cls.__name__: cls for cls in [*_OTHERS, *_FAMILIES, *_METHODS, *_STRUCTURES, *CALIBRATIONS]}
 _NAMES: dict[type, str] = {cls: name for name, (cls, _) in _CLASSES.items()} | {
     cls: name for name, cls in _OPEN.items()
 }

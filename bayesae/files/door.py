@@ -19,16 +19,24 @@ from bayesae.predictive import Predictive
 
 __all__ = ["describe", "load", "save"]
 
-_KINDS = {"predictive": check_tree, "estimator": tables.check_tree}
+
+def _check_calibration(tree: dict[str, Any]) -> None:
+    if type(expect(tree, {"calibration": (object,)}, "a file")["calibration"]) not in encoding.CALIBRATIONS:
+        raise FileError("a calibration", type(tree["calibration"]).__name__, DAMAGED)
+
+
+_KINDS = {"predictive": check_tree, "estimator": tables.check_tree, "calibration": _check_calibration}
 
 
 def save(fitted: Any, path: str | os.PathLike[str]) -> None:  # noqa: ANN401 - sklearn is not imported for its types
-    """Write a `Predictive`, or a fitted estimator of `estimators`, to one safetensors file.
+    """Write a `Predictive`, a fitted estimator of `estimators`, or a calibration, to one safetensors file.
 
-    It holds the networks' parameters and buffers, the posterior (with its ``info``, the prior precision of a Laplace
-    posterior among it), the likelihood with its noise, flags, an estimator's arguments and attributes, and the versions
-    that wrote it. A network of `nets` is rebuilt from the file alone. Of any other network the file holds the
-    numbers, and `load` is given the module; buffers that are not persistent are the module's own.
+    A calibration is what `ood.ConformalCalibration`, `ood.CombinedCalibration` and the methods of `calibration` fit,
+    or such a method. Of a model the file holds the networks' parameters and buffers, the posterior (with its
+    ``info``, the prior precision of a Laplace posterior among it), the likelihood with its noise, flags, an
+    estimator's arguments and attributes, and the versions that wrote it. A network of `nets` is rebuilt from the file
+    alone. Of any other network the file holds the numbers, and `load` is given the module; buffers that are not
+    persistent are the module's own.
 
     Args:
         fitted: What is saved.
@@ -48,9 +56,11 @@ def save(fitted: Any, path: str | os.PathLike[str]) -> None:  # noqa: ANN401 - s
         kind, tree = "predictive", tree_of(fitted)
     elif tables.is_estimator(fitted):
         kind, tree = "estimator", tables.tree_of(fitted)
+    elif type(fitted) in encoding.CALIBRATIONS:
+        kind, tree = "calibration", {"calibration": fitted}
     else:
         fix = "Wrap the model and its posterior: bae.save(bae.Predictive(model, weights), path)."
-        raise UnsupportedError("a Predictive or an estimator", type(fitted).__name__, fix)
+        raise UnsupportedError("a Predictive, an estimator or a calibration", type(fitted).__name__, fix)
     skeleton, tensors = encoding.flatten(tree)
     versions = {"bayesae": _version(), "torch": str(torch.__version__)}
     encoding.write(path, tensors, {"kind": kind, "versions": versions, "value": skeleton})
@@ -76,8 +86,8 @@ def load(
             move by rounding. Variances, precisions and bases keep theirs, because a posterior's algebra is float64.
 
     Returns:
-        The `Predictive`, with training mode, ``requires_grad`` and the dtype as saved; or the estimator, for which
-        the four keywords are not.
+        The `Predictive`, with training mode, ``requires_grad`` and the dtype as saved; or the estimator or
+        calibration, for which the four keywords are not.
 
     Exact when: dtype and device are those of the saved one: the same bits in every prediction.
     Cost: memory of four times the file; the factorisation of a dense posterior.
@@ -92,8 +102,11 @@ def load(
     if dtype is not None and dtype not in DTYPES.values():
         raise UnsupportedError(f"a dtype among {', '.join(DTYPES)}", str(dtype), "None keeps that of the file.")
     kind, _, tree = _read(path, place)
-    if kind == "estimator" and any(option is not None for option in (encoder, decoder, device, dtype)):
-        raise UnsupportedError("a path alone for an estimator", "more", "Estimators are float64 on the CPU.")
+    if kind != "predictive" and any(option is not None for option in (encoder, decoder, device, dtype)):
+        fix = "Estimators are float64 on the CPU, and calibrations go where the moments are."
+        raise UnsupportedError(f"a path alone, as the file has no predictive but a {kind}", "more", fix)
+    if kind == "calibration":
+        return tree["calibration"]
     return _assembled(path, kind, tree, {"encoder": encoder, "decoder": decoder}, place, dtype)
 
 
