@@ -1,6 +1,8 @@
-"""Scores, p-values and rates as the guarantees take them: checked once, in float64 on the CPU."""
+"""The one way in for what callers give: arrays as tensors; scores, p-values and rates as the guarantees take them."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -8,25 +10,43 @@ from torch import Tensor
 
 from bayesae.errors import DataError, NonFiniteError, ShapeError
 
-__all__ = ["check_rate", "checked_p_values", "checked_scores"]
+__all__ = ["as_tensor", "check_rate", "checked_p_values", "checked_scores", "fewest_ranks"]
+
+
+def as_tensor(values: Tensor | np.ndarray) -> Tensor:
+    """What the caller gave as a tensor, whatever kind of array it was.
+
+    Args:
+        values: A tensor, which is given back as it is, or an array: read-only, backwards, of any byte order.
+
+    Returns:
+        A tensor; it shares the caller's memory where torch can.
+    """
+    if isinstance(values, np.ndarray):
+        is_torchs = values.flags.writeable and values.dtype.isnative and all(step >= 0 for step in values.strides)
+        if not is_torchs:  # it warns of read-only memory and refuses the others
+            values = values.astype(values.dtype.newbyteorder("="), order="C")
+    return torch.as_tensor(values)
 
 
 def checked_scores(scores: Tensor | np.ndarray, n_dims: int = 1) -> Tensor:
     """Scores of at least one row, none of them NaN.
 
     Args:
-        scores: (N,), or (N, J) for J scores a row.
+        scores: (N,), or (N, J) for J scores a row; tensors of any device and layout, with a gradient or without, and
+            arrays of any kind.
         n_dims: 1 or 2.
 
     Returns:
-        A detached copy or view in float64 on the CPU. An infinite score stays what it is: the strangest of all.
+        Detached, contiguous, in float64 on the CPU. It may share the caller's memory: whoever keeps it clones it. An
+        infinite score stays what it is: the strangest of all.
 
     Raises:
         ShapeError: If there are other axes.
         DataError: If there is no score.
         NonFiniteError: If a score is NaN.
     """
-    values = torch.as_tensor(scores).detach().double().cpu()
+    values = as_tensor(scores).detach().double().cpu().contiguous()
     if values.dim() != n_dims:
         wanted = "(N,)" if n_dims == 1 else "(N, J)"
         raise ShapeError(f"scores {wanted}", f"{tuple(values.shape)}", "Give one line of numbers a score.")
@@ -49,7 +69,7 @@ def checked_p_values(p_values: Tensor | np.ndarray) -> Tensor:
     Raises:
         DataError: If there is none, or one that is no p-value.
     """
-    values = torch.as_tensor(p_values).detach().double().cpu()
+    values = as_tensor(p_values).detach().double().cpu().contiguous()
     if not values.numel():
         raise DataError("at least one p-value", "none", "Test some rows.")
     is_wrong = ~((values > 0) & (values <= 1))
@@ -70,3 +90,18 @@ def check_rate(name: str, rate: float) -> None:
     """
     if not 0 < rate < 1:
         raise DataError(f"{name} in (0, 1)", f"{rate}", "0.05 is one in twenty.")
+
+
+def fewest_ranks(rate: float) -> int:
+    """The smallest n for which a p-value 1 / (n + 1) can be as small as a rate.
+
+    Args:
+        rate: In (0, 1).
+
+    Returns:
+        n, at least 1, by the very comparison that an alarm makes: 48 for 1 / 49, whose inverse rounds to above 49.
+    """
+    n = max(1, math.floor(1 / rate) - 2)
+    while 1 / (n + 1) > rate:
+        n += 1
+    return n

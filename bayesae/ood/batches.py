@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from bayesae.data import check_choice
 from bayesae.errors import DataError, NonFiniteError, ShapeError
-from bayesae.ood._checks import check_rate, checked_scores
+from bayesae.ood._checks import as_tensor, check_rate, checked_scores, fewest_ranks
 
 __all__ = ["BatchTypicality", "TypicalityInfo", "TypicalityMonitor", "TypicalityState", "batch_typicality"]
 
@@ -78,7 +77,7 @@ def batch_typicality(
         | The Design of Experiments (Fisher, 1935): "permutation"
     """
     check_choice("method", method, get_args(Method))
-    familiar, rows = _finite(checked_scores(calibration)), torch.as_tensor(batches)
+    familiar, rows = _finite(checked_scores(calibration)), as_tensor(batches)
     if rows.dim() != 2:
         raise ShapeError("batches (M, B)", f"{tuple(rows.shape)}", "One batch of scores is scores[None].")
     rows = _finite(checked_scores(rows, 2))
@@ -185,8 +184,7 @@ class TypicalityMonitor:
             raise DataError(
                 "a window of at least 1 row", f"{self.window}", "50 is a start; larger windows see weaker drift, later."
             )
-        if self.level * (self.n_resamples + 1) < 1:
-            n_needed = math.ceil(1 / self.level) - 1
+        if self.n_resamples < (n_needed := fewest_ranks(self.level)):
             fix = f"Take {n_needed} or more: no p-value is below 1 / (n_resamples + 1)."
             raise DataError(f"n_resamples for a level of {self.level}", f"{self.n_resamples}", fix)
 
@@ -204,7 +202,7 @@ class TypicalityMonitor:
             DataError: If there is no calibration score.
             NonFiniteError: If one is not finite.
         """
-        scores = _finite(checked_scores(calibration_scores))
+        scores = _finite(checked_scores(calibration_scores)).clone()  # what the caller does to them later is not ours
         return TypicalityState(scores, scores.new_empty(0), 0, None, seed)
 
     def update(self, state: TypicalityState, scores: Tensor | np.ndarray) -> tuple[TypicalityState, TypicalityInfo]:
@@ -223,7 +221,7 @@ class TypicalityMonitor:
         """
         values = torch.cat([state.waiting, _finite(checked_scores(scores))])
         n_full = len(values) // self.window
-        full, waiting = values[: n_full * self.window], values[n_full * self.window :]
+        full, waiting = values[: n_full * self.window], values[n_full * self.window :].clone()
         n_before = state.n_seen - len(state.waiting)
         new = replace(state, waiting=waiting, n_seen=n_before + len(values))
         if not n_full:

@@ -6,7 +6,6 @@ is equally probable). Calibration rows are therefore rows that neither weights n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from bayesae.data import check_choice, check_rises
 from bayesae.errors import DataError, ShapeError
-from bayesae.ood._checks import check_rate, checked_scores
+from bayesae.ood._checks import as_tensor, check_rate, checked_scores, fewest_ranks
 
 __all__ = ["CombinedCalibration", "ConformalCalibration", "threshold"]
 
@@ -52,7 +51,7 @@ def threshold(scores: Tensor | np.ndarray, rate: float) -> float:
     # (n + 1) rate may fall on the wrong side of an integer by rounding: k is what p-values k / (n + 1) <= rate give
     k = next(k for k in (int((n + 1) * rate) + 1 - step for step in range(3)) if k / (n + 1) <= rate)
     if k == 0:
-        n_needed = math.ceil(1 / rate) - 1
+        n_needed = fewest_ranks(rate)
         fix = f"Take {n_needed} calibration rows or more, or a larger rate."
         raise DataError(f"{n_needed} calibration scores for a rate of {rate}", f"{n}", fix)
     return float(values.kthvalue(n + 1 - k).values)
@@ -287,7 +286,7 @@ def _parts(values: Tensor, groups: Tensor | np.ndarray | None) -> dict[int | Non
     """Which rows (N,) are of each group."""
     if groups is None:
         return {None: torch.ones(len(values), dtype=torch.bool)}
-    names = torch.as_tensor(groups).cpu()
+    names = as_tensor(groups).cpu()
     if names.shape != values.shape or names.is_floating_point():
         got = f"{names.dtype} of shape {tuple(names.shape)}"
         raise ShapeError(f"groups, whole numbers of shape {tuple(values.shape)}", got, "Give each row's group.")

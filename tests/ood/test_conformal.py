@@ -71,6 +71,10 @@ def test_too_few_rows_for_a_rate():
     with pytest.raises(bae.errors.DataError, match=r"99 calibration scores for a rate of 0.01; got 98. Take 99"):
         bae.ood.threshold(torch.rand(98), 0.01)
     assert bae.ood.threshold(torch.arange(99), 0.01) == 98
+    for n in (48, 97, 102, 106):  # where the inverse of 1 / (n + 1) rounds to above n + 1
+        assert bae.ood.threshold(torch.arange(n), 1 / (n + 1)) == n - 1
+        with pytest.raises(bae.errors.DataError, match=f"Take {n} calibration rows"):
+            bae.ood.threshold(torch.arange(n - 1), 1 / (n + 1))
     with pytest.raises(bae.errors.DataError, match=r"rate in \(0, 1\)"):
         bae.ood.threshold(torch.rand(9), 1.0)
 
