@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bayesae.draws import Draws, logmeanexp_over_weights, mean_over_weights
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
+from bayesae.ood._checks import as_tensor
 from bayesae.ood.codes import code_variance, volume
 from bayesae.ood.information import information_gain
 
@@ -165,7 +167,7 @@ def log_density_deviation(draws: Draws) -> Tensor:
     return _several(draws).std(0, correction=0)
 
 
-def typicality(scores: Tensor, familiar: Tensor) -> Tensor:
+def typicality(scores: Tensor | np.ndarray, familiar: Tensor | np.ndarray) -> Tensor:
     r"""How far a score is from the mean of familiar rows': strange is what is *too likely*, too.
 
     .. math:: \Big| s(x) - \frac1N \sum_{n=1}^N s(x_n') \Big|
@@ -179,7 +181,7 @@ def typicality(scores: Tensor, familiar: Tensor) -> Tensor:
             network has learnt by heart.
 
     Returns:
-        (B,), in the scores' unit.
+        (B,), in the scores' unit, dtype (float64 of whole numbers) and device; it passes their gradient on.
 
     Exact when: always, as a function of the scores.
     Biased when: N is small: the standard error of the mean is that of N scores.
@@ -193,6 +195,7 @@ def typicality(scores: Tensor, familiar: Tensor) -> Tensor:
         | Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick, Matsukawa, Teh,
           Lakshminarayanan, 2019)
     """
+    scores, familiar = as_tensor(scores), as_tensor(familiar).detach()
     if scores.dim() != 1 or familiar.dim() != 1:
         got = f"{tuple(scores.shape)} and {tuple(familiar.shape)}"
         raise ShapeError("scores (B,) and (N,)", got, "One score a row.")
@@ -202,7 +205,8 @@ def typicality(scores: Tensor, familiar: Tensor) -> Tensor:
         if not bool(values.isfinite().all()):
             raise NonFiniteError("finite scores", f"{int((~values.isfinite()).sum())} that are not", "Find the rows.")
     # float64: a sum of thousands of scores of hundreds of nats
-    return (scores.double() - familiar.double().mean()).abs().to(scores.dtype)
+    distance = (scores.double() - familiar.double().mean().to(scores.device)).abs()
+    return distance.to(scores.dtype) if scores.is_floating_point() else distance
 
 
 def largest_weight(draws: Draws, *, temperature: float = 1.0) -> Tensor:
@@ -252,7 +256,9 @@ def share_saturated(draws: Draws, *, temperature: float = 1.0, level: float = 0.
     return float((largest_weight(draws, temperature=temperature) >= level).double().mean())
 
 
-def all_scores(draws: Draws, familiar: Tensor | None = None, *, temperature: float = 1.0) -> dict[str, Tensor]:
+def all_scores(
+    draws: Draws, familiar: Tensor | np.ndarray | None = None, *, temperature: float = 1.0
+) -> dict[str, Tensor]:
     """Every score of `Draws` at once, from one pass of the predictive.
 
     Of many rows ``predictive.reduce(ood.all_scores, x)`` keeps no more draws than it needs at a time. Rows with missing

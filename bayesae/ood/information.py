@@ -12,6 +12,7 @@ from torch import Tensor
 from bayesae.draws import Draws, Moments, fitted_mask
 from bayesae.errors import NonFiniteError, ShapeError, UnsupportedError
 from bayesae.functional import check_finite
+from bayesae.ood._checks import as_tensor
 from bayesae.ood.contributions import observed_only
 from bayesae.types import BlockHessian, LowRankHessian, OutputHessian
 
@@ -32,7 +33,7 @@ def information_gram(draws: Draws, mask: Tensor | np.ndarray | None = None) -> T
     x.split(256)])``.
 
     Args:
-        draws: Draws of the predictive, with outputs: ``predictive(x, keep_outputs=True)``.
+        draws: Draws of the predictive, S > 1, with outputs: ``predictive(x, keep_outputs=True)``.
         mask: True where a number of the data counts, (B, \*data): what the others would show tells nothing then. None
             counts what the draws were made from: all numbers, or those that were observed.
 
@@ -44,19 +45,21 @@ def information_gram(draws: Draws, mask: Tensor | np.ndarray | None = None) -> T
     Cost: S² O products a row; memory of two copies of the averaged outputs, and S² numbers a row.
 
     Raises:
-        UnsupportedError: If the draws came without outputs.
+        UnsupportedError: If the draws came without outputs, or there is one weight draw only.
         NonFiniteError: If an output or the likelihood's Hessian is not finite.
         ShapeError: If the mask does not fit the outputs.
     """
     if draws.outputs is None:
         raise UnsupportedError("draws with outputs", "draws without", "Use predictive(x, keep_outputs=True).")
+    if draws.outputs.shape[1] < 2:
+        raise UnsupportedError("at least two weight draws", "one", "One network cannot disagree with itself.")
     outputs = draws.outputs.mean(0, dtype=torch.float64)
     centre = outputs.mean(0)
     apart = (outputs - centre).transpose(0, 1)
     mask = draws.mask if mask is None else mask
     if mask is not None:
         shape = (outputs.shape[1], *draws.likelihood.data_shape(outputs.shape[2:]))
-        counts = draws.likelihood.output_mask(fitted_mask(mask, shape).to(outputs.device))
+        counts = draws.likelihood.output_mask(fitted_mask(as_tensor(mask), shape).to(outputs.device))
         apart = torch.where(counts.reshape(centre.shape)[:, None], apart, 0.0)
     gram = _products(apart, draws.likelihood.output_hessian(centre)) / len(outputs)
     check_finite({"gram": gram}, "outputs and Hessians", "Is the noise variance 0?")
@@ -81,7 +84,7 @@ def _inner(left: Tensor, right: Tensor) -> Tensor:
     return left.flatten(2) @ right.flatten(2).mT
 
 
-def joint_information(grams: Tensor) -> Tensor:
+def joint_information(grams: Tensor | np.ndarray) -> Tensor:
     r"""How much observing n rows together would tell about the weights.
 
     .. math:: I[x_1, \dots, x_n; \theta] = \tfrac12 \log\det\Big(I_S + \sum_{i=1}^n G_i\Big)
@@ -104,6 +107,7 @@ def joint_information(grams: Tensor) -> Tensor:
         ShapeError: If the matrices are not square or the axis of the rows is missing.
         NonFiniteError: If they are not finite, or not positive semi-definite.
     """
+    grams = as_tensor(grams)
     if grams.dim() < 3 or grams.shape[-1] != grams.shape[-2]:
         raise ShapeError("Gram matrices (..., n, S, S)", f"{tuple(grams.shape)}", "Use ood.information_gram(draws).")
     check_finite({"grams": grams}, "Gram matrices", "Look at the rows that they are of.")
@@ -123,7 +127,7 @@ def information_gain(draws: Draws, mask: Tensor | np.ndarray | None = None) -> T
     values, but through the code. As a score it is higher for what the weights know less about.
 
     Args:
-        draws: Draws of the predictive, with outputs: ``predictive(x, keep_outputs=True)``.
+        draws: Draws of the predictive, S > 1, with outputs: ``predictive(x, keep_outputs=True)``.
         mask: As for `information_gram`: rows that were seen in part are scored on what was seen, unless it says other.
 
     Returns:
@@ -136,7 +140,7 @@ def information_gain(draws: Draws, mask: Tensor | np.ndarray | None = None) -> T
     Cost: that of the Gram matrix and one Cholesky factor (S, S) a row.
 
     Raises:
-        UnsupportedError: If the draws came without outputs.
+        UnsupportedError: If the draws came without outputs, or there is one weight draw only.
         NonFiniteError: If an output or the likelihood's Hessian is not finite.
         ShapeError: If the mask does not fit the outputs.
 
@@ -166,7 +170,8 @@ def information_gain_bound(moments: Moments, mask: Tensor | np.ndarray | None = 
         (B,), nats.
 
     Exact when: the outputs of a row are uncorrelated under the weight posterior, and Normal with Gaussian noise.
-    Biased when: noise is not Gaussian: it then is of second order in the spread and no bound.
+    Biased when: noise is not Gaussian: it then is of second order in the spread and no bound. Moments of one network
+        have no variance due to the weights, and cannot say that they are of one: they give 0.
 
     Raises:
         UnsupportedError: If data are classes without an order, whose indicators are not independent.

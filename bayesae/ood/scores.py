@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bayesae.draws import Moments, fitted_rows
 from bayesae.errors import UnsupportedError
+from bayesae.ood._checks import as_tensor
 from bayesae.ood.contributions import contributions, observed_only
 
 __all__ = [
@@ -53,7 +54,8 @@ def weight_variance(moments: Moments) -> Tensor:
     Exact when: always, as a function of the moments.
     Biased when: read as a score of how unfamiliar x is: it knows nothing of how well x is explained, and it is
         *inverted* where unfamiliar data move fewer weights than familiar data do (dark images under a bright
-        training set).
+        training set). Moments of one network (MAP, a single draw) have a weight variance of 0 for every row and cannot
+        say that they are of one: 0 throughout means that no weights were uncertain, not that rows are familiar.
     """
     return _summed(moments.weights)
 
@@ -78,7 +80,7 @@ def reconstruction_error(moments: Moments, x: Tensor | np.ndarray, mask: Tensor 
     """
     if moments.likelihood.is_nominal:
         raise UnsupportedError("numbers to subtract", "classes without an order", "Use negative_log_density.")
-    square = (fitted_rows(x, moments.mean.shape, moments.mean) - moments.mean) ** 2
+    square = (fitted_rows(as_tensor(x), moments.mean.shape, moments.mean) - moments.mean) ** 2
     return _summed(observed_only(square, mask))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,8 @@ def test_one_network_has_the_scores_of_one():
     found = ood.all_scores(draws([[-1.0, -2.0]]), torch.tensor([1.0], **F64))
     assert list(found) == ["negative_log_predictive", "negative_expected_log_density", "waic", "typicality"]
     assert_close(found["waic"], torch.tensor([1.0, 2.0], **F64))
+    outputs = torch.zeros(1, 1, 2, 3, **F64)
+    assert ood.all_scores(replace(draws([[-1.0, -2.0]]), outputs=outputs)).keys() == found.keys() - {"typicality"}
 
 
 def test_weights_draws_share_the_codes_noise():

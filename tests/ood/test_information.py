@@ -184,6 +184,9 @@ def test_errors():
     draws = draws_of(normal(1, 3, 2, 4), likelihood)
     with pytest.raises(bae.errors.UnsupportedError, match="keep_outputs=True"):
         bae.ood.information_gain(draws.without_outputs())
+    for question in (bae.ood.information_gram, bae.ood.information_gain):
+        with pytest.raises(bae.errors.UnsupportedError, match="two weight draws; got one"):
+            question(draws_of(normal(3, 1, 2, 4), likelihood))
     with pytest.raises(bae.errors.NonFiniteError, match="noise variance 0"):
         bae.ood.information_gain(replace(draws, outputs=torch.full((1, 3, 2, 4), torch.nan)))
     with pytest.raises(bae.errors.ShapeError, match="Gram matrices"):
