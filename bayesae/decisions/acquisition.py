@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
+from bayesae.ood._checks import as_tensor
 from bayesae.ood.information import joint_information
 
 __all__ = ["Acquisition", "acquire"]
@@ -30,7 +32,7 @@ class Acquisition(NamedTuple):
     gains: Tensor
 
 
-def acquire(grams: Tensor, n: int) -> Acquisition:
+def acquire(grams: Tensor | np.ndarray, n: int) -> Acquisition:
     r"""Choose n rows that together tell most about the weights, one after the other.
 
     .. math:: i_{k+1} = \operatorname{argmax}_i F(A_k \cup \{i\}), \qquad
@@ -66,6 +68,7 @@ def acquire(grams: Tensor, n: int) -> Acquisition:
         | Accelerated Greedy Algorithms for Maximizing Submodular Set Functions (Minoux, 1978)
         | Departure: the joint information is that of Normal outputs, in closed form and for any size of the batch.
     """
+    grams = as_tensor(grams).detach()
     if grams.dim() != 3 or grams.shape[1] != grams.shape[2]:
         raise ShapeError("Gram matrices (N, S, S)", f"{tuple(grams.shape)}", "Use ood.information_gram(draws).")
     if not 1 <= n <= len(grams):

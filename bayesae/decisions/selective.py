@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
+from bayesae.ood._checks import as_tensor
 
 __all__ = ["RiskCoverage", "SelectiveThreshold", "risk_coverage", "selective_threshold"]
 
@@ -31,7 +32,7 @@ class RiskCoverage(NamedTuple):
     excess: float
 
 
-def risk_coverage(errors: Tensor, scores: Tensor) -> RiskCoverage:
+def risk_coverage(errors: Tensor | np.ndarray, scores: Tensor | np.ndarray) -> RiskCoverage:
     r"""How well a score says which rows to leave out: the risk-coverage curve and the area under it.
 
     .. math:: r_k = \tfrac1k \sum_{i=1}^k \ell_{(i)}, \qquad \mathrm{AURC} = \tfrac1N \sum_{k=1}^N r_k
@@ -44,7 +45,7 @@ def risk_coverage(errors: Tensor, scores: Tensor) -> RiskCoverage:
         scores: Uncertainty of each row, (N,); higher = left out first.
 
     Returns:
-        `RiskCoverage`. A score without information has an area of the mean error.
+        `RiskCoverage`, in float64 where the errors are. A score without information has an area of the mean error.
 
     Exact when: always, as a statistic.
     Cost: two sorts.
@@ -82,7 +83,12 @@ class SelectiveThreshold(NamedTuple):
 
 
 def selective_threshold(
-    errors: Tensor, scores: Tensor, *, risk: float, confidence: float = 0.95, n_thresholds: int = 20
+    errors: Tensor | np.ndarray,
+    scores: Tensor | np.ndarray,
+    *,
+    risk: float,
+    confidence: float = 0.95,
+    n_thresholds: int = 20,
 ) -> SelectiveThreshold:
     r"""The rule that answers most rows among those whose risk is below a level, with confidence.
 
@@ -131,6 +137,7 @@ def selective_threshold(
             raise DataError(f"a {name} in (0, 1)", f"{value}", "0.05 is 5 %.")
     if n_thresholds < 2:
         raise DataError("at least two thresholds", f"n_thresholds={n_thresholds}", "One of them answers every row.")
+    errors = as_tensor(errors)
     is_binary = errors.dtype == torch.bool
     errors, scores = _checked(errors, scores)
     low, high = float(errors.min()), float(errors.max())
@@ -176,14 +183,15 @@ def _tail(sums: np.ndarray, counts: np.ndarray, risk: float, is_binary: bool) ->
     return np.where(counts > 0, binomial, 1.0)
 
 
-def _checked(errors: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64: one finite number a row each, of at least one row."""
+def _checked(errors: Tensor | np.ndarray, scores: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+    """Both in float64 where the errors are: one finite number a row each, of at least one row."""
+    errors, scores = as_tensor(errors), as_tensor(scores)
     if errors.dim() != 1 or errors.shape != scores.shape:
         raise ShapeError(
             "errors and scores (N,)", f"{tuple(errors.shape)} and {tuple(scores.shape)}", "One of each a row."
         )
     if len(errors) == 0:
         raise DataError("at least one row", "none", "Score some rows.")
-    errors, scores = errors.detach().double(), scores.detach().double()
+    errors, scores = errors.detach().double().contiguous(), scores.detach().to(errors.device).double().contiguous()
     check_finite({"errors": errors, "scores": scores}, "errors and scores", "Look at those rows.")
     return errors, scores

@@ -13,6 +13,7 @@ from bayesae.draws import Draws, Moments, fitted_mask, fitted_rows
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.functional import at_least_float32
 from bayesae.likelihoods import Gaussian
+from bayesae.ood._checks import as_tensor
 
 __all__ = ["Contributions", "contribution_draws", "contribution_moments", "contributions"]
 
@@ -35,7 +36,7 @@ def contributions(
     x: Tensor | np.ndarray,
     mask: Tensor | np.ndarray | None = None,
     *,
-    reference: Tensor | None = None,
+    reference: Tensor | np.ndarray | None = None,
 ) -> Tensor:
     r"""The parts of `negative_log_density`, number by number: they add up to it exactly.
 
@@ -62,8 +63,9 @@ def contributions(
     Raises:
         ShapeError: If x, mask or reference do not fit the moments.
     """
-    values = -moments.log_prob(x)
+    values = -moments.log_prob(as_tensor(x))
     if reference is not None:
+        reference = as_tensor(reference)
         if reference.shape != values.shape[1:]:
             raise ShapeError(
                 f"a reference of shape {tuple(values.shape[1:])}, one number for all rows",
@@ -109,7 +111,7 @@ def contribution_moments(
             type(moments.likelihood).__name__,
             "Use contribution_draws(predictive(x, keep_outputs=True), x).",
         )
-    square = (fitted_rows(x, moments.mean.shape, moments.mean) - moments.mean) ** 2
+    square = (fitted_rows(as_tensor(x), moments.mean.shape, moments.mean) - moments.mean) ** 2
     noise, weights = moments.noise, moments.weights
     mean = 0.5 * ((square + weights + moments.code) / noise + torch.log(2 * math.pi * noise))
     deviation = torch.sqrt(0.5 * weights * (weights + 2 * square)) / noise
@@ -147,7 +149,7 @@ def contribution_draws(draws: Draws, x: Tensor | np.ndarray, mask: Tensor | np.n
     outputs = at_least_float32(draws.outputs)  # densities in half precision lose their digits
     shape = (outputs.shape[2], *draws.likelihood.data_shape(outputs.shape[3:]))
     # not distribution().log_prob: torch's laws stop probabilities short of 0 and 1, or lose the digits of large counts
-    values = -draws.likelihood.log_density(outputs, fitted_rows(x, shape, outputs)).mean(0)
+    values = -draws.likelihood.log_density(outputs, fitted_rows(as_tensor(x), shape, outputs)).mean(0)
     mean, deviation = (part.reshape(tuple(x.shape)) for part in (values.mean(0), values.std(0, correction=0)))
     return Contributions(observed_only(mean, mask), observed_only(deviation, mask))
 
@@ -156,4 +158,4 @@ def observed_only(values: Tensor, mask: Tensor | np.ndarray | None) -> Tensor:
     r"""The parts (B, \*data) of a score with 0 where nothing was observed; as they are without a mask."""
     if mask is None:
         return values
-    return torch.where(fitted_mask(mask, values.shape).to(values.device), values, 0.0)
+    return torch.where(fitted_mask(as_tensor(mask), values.shape).to(values.device), values, 0.0)

@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.draws import Draws, mean_over_weights
+from bayesae.draws import Draws, fitted_mask, mean_over_weights
 from bayesae.errors import DataError, ShapeError
+from bayesae.functional import check_finite
+from bayesae.ood._checks import as_tensor
 from bayesae.ood.densities import negative_log_predictive
 from bayesae.types import Likelihood
 
 __all__ = ["attainable", "input_complexity", "likelihood_ratio", "likelihood_regret"]
 
 
-def attainable(likelihood: Likelihood, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def attainable(likelihood: Likelihood, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Tensor:
     r"""The largest log-likelihood that any outputs give the row, :math:`\sum_o \max_f \log p(x_o \mid f)`.
 
     Of a Bernoulli likelihood of grey levels it depends on x (0 for black and white, -log 2 a grey pixel), so that
@@ -33,6 +35,8 @@ def attainable(likelihood: Likelihood, x: Tensor, mask: Tensor | None = None) ->
         (B,), nats; one number for all rows where only the noise matters (Gaussian).
 
     Raises:
+        ShapeError: If the mask is not bool or does not fit x.
+        NonFiniteError: If an observed entry is NaN or infinite.
         DataError: If x lies outside the likelihood's range.
         UnsupportedError: If densities have no largest value: scales that are outputs, a continuous Bernoulli's edges.
 
@@ -42,11 +46,15 @@ def attainable(likelihood: Likelihood, x: Tensor, mask: Tensor | None = None) ->
         | Bayesian autoencoders: Analysing and fixing the Bernoulli likelihood for out-of-distribution detection
           (Yong, Pearce, Brintrup, 2021)
     """
-    rows = x if mask is None else torch.where(mask, x, 0.0)
-    likelihood.check(rows)
-    values = likelihood.attainable(rows)
+    rows, is_seen = as_tensor(x), None
     if mask is not None:
-        values = torch.where(mask.reshape(values.shape), values, 0.0)
+        is_seen = fitted_mask(as_tensor(mask), rows.shape).to(rows.device)
+        rows = torch.where(is_seen, rows, 0.0)
+    check_finite({"x": rows}, "entries", "Give a mask, True where x was observed.")
+    likelihood.check(rows.detach())
+    values = likelihood.attainable(rows)
+    if is_seen is not None:
+        values = torch.where(is_seen.reshape(values.shape), values, 0.0)
     return values.reshape(len(values), -1).sum(1)
 
 
@@ -138,7 +146,7 @@ def input_complexity(
         | Input complexity and out-of-distribution detection with likelihood-based generative models (Serra, Alvarez,
           Gomez, Slizovskaia, Nunez, Luque, 2020); PNG, JPEG2000 and FLIF there.
     """
-    rows = torch.as_tensor(x).detach().cpu().double()
+    rows = as_tensor(x).detach().cpu().double()
     if rows.numel() == 0 or not bool(rows.isfinite().all()) or not 2 <= n_levels <= 256:
         got = f"shape {tuple(rows.shape)}, n_levels={n_levels}"
         raise DataError("finite rows and 2 to 256 levels", got, "Fill in what is missing, or leave those rows out.")

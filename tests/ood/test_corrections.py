@@ -57,6 +57,21 @@ class TestAttainable:
         x = torch.tensor([[[[0.5, math.nan]]]])
         found = ood.attainable(likelihoods.Bernoulli(), x, torch.tensor([[[[True, False]]]]))
         assert_close(found, torch.tensor([-math.log(2)]))
+        assert_close(ood.attainable(likelihoods.Bernoulli(), x.numpy(), (~x.isnan()).numpy().reshape(1, 2)), found)
+
+    @pytest.mark.parametrize("likelihood", [likelihoods.Bernoulli(), likelihoods.Gaussian(0.3)], ids=["grey", "real"])
+    def test_what_is_not_a_number_has_to_be_masked(self, likelihood):
+        x = torch.tensor([[0.5, math.nan], [0.25, math.inf]])
+        for mask in (None, torch.tensor([[True, True], [True, False]])):
+            with pytest.raises(bae.errors.NonFiniteError, match=r"finite entries; got . NaN .* Give a mask"):
+                ood.attainable(likelihood, x, mask)
+        expected = ood.attainable(likelihood, x[:, :1])
+        assert_close(ood.attainable(likelihood, x, x.isfinite()), expected)
+
+    @pytest.mark.parametrize("mask", [torch.ones(2, 3), np.ones((2, 3), int), torch.ones(3, 2) > 0, torch.ones(3) > 0])
+    def test_a_mask_of_another_kind(self, mask):
+        with pytest.raises(bae.errors.ShapeError, match=r"a mask of shape \(2, 3\) and dtype bool"):
+            ood.attainable(likelihoods.Gaussian(1.0), torch.zeros(2, 3), mask)
 
     def test_refusals(self):
         for likelihood in (likelihoods.ContinuousBernoulli(), likelihoods.HeteroscedasticGaussian()):
