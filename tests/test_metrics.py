@@ -55,6 +55,56 @@ def test_bootstrap_covers_the_truth_and_leaves_the_generator():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_an_interval_by_hand_and_of_several_numbers_a_row():
+    a, b = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[3.0, 3.0]])
+    gain = metrics.bootstrap_interval(lambda f, s: float(s.mean() - f[:, 0].mean()), a, b.numpy(), n_resamples=50)
+    assert gain.value == 2 and (gain.low, gain.high) == (1, 3)
+
+
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.aupr, metrics.fpr_at_tpr])
+def test_scores_are_arrays_lists_and_tensors_of_any_kind(metric):
+    familiar, strange = two_gaussians(1.0, 50)
+    expected = metric(familiar, strange)
+    assert metric(familiar.numpy(), strange.double().requires_grad_()) == expected
+    assert metric(familiar.tolist(), strange) == expected
+    with pytest.raises(bae.errors.ShapeError, match=r"scores \(N,\)"):
+        metric(familiar[:, None], strange)
+    with pytest.raises(bae.errors.ShapeError, match=r"scores \(N,\)"):
+        metric(familiar, strange[0])
+
+
+def test_arrays_and_gradients_are_pixels_and_covariates_too():
+    scores, masks = defects()
+    given = scores.numpy(), masks.numpy()
+    graph = scores.double().requires_grad_()
+    for metric in (metrics.pixel_auroc, metrics.pixel_aupr, metrics.per_region_overlap):
+        assert metric(*given) == metric(scores, masks) == metric(graph, masks)
+    few = {"n_resamples": 5}
+    assert metrics.pixel_auroc_interval(*given, **few) == metrics.pixel_auroc_interval(graph, masks, **few)
+    familiar, strange = two_gaussians(1.0, 50)
+    by = torch.arange(50) % 3
+    expected = metrics.matched_auroc(familiar, strange, by, by)
+    assert metrics.matched_auroc(familiar.numpy(), strange.requires_grad_(), by.numpy(), by.double()) == expected
+
+
+def test_intervals_that_are_none_are_refused():
+    familiar, strange = two_gaussians(1.0, 20)
+    scores, masks = defects()
+    for level in (95, -0.5, 0.0, 1.0, math.nan):
+        with pytest.raises(bae.errors.DataError, match=r"a level in \(0, 1\)"):
+            metrics.bootstrap_interval(metrics.auroc, familiar, strange, level=level)
+        with pytest.raises(bae.errors.DataError, match=r"a level in \(0, 1\)"):
+            metrics.pixel_auroc_interval(scores, masks, level=level)
+    with pytest.raises(bae.errors.DataError, match="n_resamples of at least 1"):
+        metrics.bootstrap_interval(metrics.auroc, familiar, strange, n_resamples=0)
+    with pytest.raises(bae.errors.DataError, match="n_resamples of at least 1"):
+        metrics.pixel_auroc_interval(scores, masks, n_resamples=0)
+    with pytest.raises(bae.errors.DataError, match="scores of both kinds; got 0 and 20"):
+        metrics.bootstrap_interval(metrics.auroc, familiar[:0], strange)
+    with pytest.raises(bae.errors.ShapeError, match="scores of rows"):
+        metrics.bootstrap_interval(metrics.auroc, familiar[0], strange)
+
+
 @pytest.mark.parametrize("bad", [(torch.zeros(0), torch.ones(2)), (torch.tensor([torch.nan]), torch.ones(2))])
 def test_bad_scores(bad):
     with pytest.raises(bae.errors.BayesAEError, match="scores"):
@@ -88,7 +138,12 @@ def test_calibration_of_a_calibrated_predictive_and_of_two_that_are_not():
 
 
 def test_sharpness():
-    assert metrics.sharpness(torch.tensor([1.0, 7.0])) == pytest.approx(2.0)
+    var = torch.tensor([1.0, 7.0], requires_grad=True)
+    assert metrics.sharpness(var) == metrics.sharpness(np.array([[1.0], [7.0]])) == pytest.approx(2.0)
+    with pytest.raises(bae.errors.DataError, match="at least one variance"):
+        metrics.sharpness(torch.zeros(0))
+    with pytest.raises(bae.errors.NonFiniteError, match="roots of variances"):
+        metrics.sharpness(torch.tensor([1.0, -1.0]))
 
 
 def test_a_share_is_a_share():

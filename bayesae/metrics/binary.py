@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesae.data import check_counts
 from bayesae.errors import DataError, ShapeError
+from bayesae.metrics._checks import Numbers, check_rows, tensor_of
 from bayesae.metrics._sums import PixelSums
 
 __all__ = ["BinaryCalibration", "BinarySums", "brier_score", "ece"]
@@ -18,7 +19,7 @@ __all__ = ["BinaryCalibration", "BinarySums", "brier_score", "ece"]
 _PROBABILITIES = "probabilities in [0, 1] and pixels 0 or 1"
 
 
-def brier_score(mean: Tensor, x: Tensor) -> Tensor:
+def brier_score(mean: Numbers, x: Numbers) -> Tensor:
     r"""Squared error of a probability, :math:`(p - x)^2`, element-wise; smaller is better.
 
     Args:
@@ -26,18 +27,18 @@ def brier_score(mean: Tensor, x: Tensor) -> Tensor:
         x: 0 or 1, of the same shape.
 
     Returns:
-        Of that shape; its mean is the Brier score, which `BinarySums` adds up batch by batch.
+        Of that shape, gradients flow; its mean is the Brier score, which `BinarySums` adds up batch by batch.
 
     Exact when: always, as a statistic. The score is proper: its expectation is least at the true probability.
 
     Raises:
         ShapeError: If shapes differ.
-        DataError: If a probability is not in [0, 1], or x is not 0 or 1.
+        DataError: If there are no pixels, a probability is not in [0, 1], or x is not 0 or 1.
 
     References:
         | Verification of Forecasts Expressed in Terms of Probability (Brier, 1950)
     """
-    _check_shapes(mean, x)
+    mean, x = _of_one_shape(mean, x)
     if bool(_is_wrong(mean, x).any()):
         raise DataError(_PROBABILITIES, "others", "Moments of a Bernoulli have them.")
     return (mean - x) ** 2
@@ -62,7 +63,7 @@ class BinaryCalibration(NamedTuple):
     brier: Tensor
 
 
-def ece(mean: Tensor, x: Tensor, *, n_bins: int = 10, is_pooled: bool = True) -> BinaryCalibration:
+def ece(mean: Numbers, x: Numbers, *, n_bins: int = 10, is_pooled: bool = True) -> BinaryCalibration:
     r"""Expected calibration error of probabilities of binary pixels, in bins of equal width.
 
     .. math:: ECE = \sum_e \frac{n_e}{n} \Big| \bar p_e - \bar x_e \Big|
@@ -74,7 +75,7 @@ def ece(mean: Tensor, x: Tensor, *, n_bins: int = 10, is_pooled: bool = True) ->
         is_pooled: Bins over all pixels; False fills them for every pixel, over rows.
 
     Returns:
-        `BinaryCalibration`, float64.
+        `BinaryCalibration`, float64; by batches it is what `BinarySums` come to.
 
     Exact when: as a statistic, always; it goes to 0 as pixels are added if each is 1 with the probability given.
     Biased when: bins hold few pixels: the spread of a share comes on top, about sqrt(2 p (1 - p) / (pi n)) a bin of n.
@@ -82,12 +83,13 @@ def ece(mean: Tensor, x: Tensor, *, n_bins: int = 10, is_pooled: bool = True) ->
 
     Raises:
         ShapeError: If shapes differ.
-        DataError: If a probability is not in [0, 1], x is not 0 or 1, or ``n_bins`` is below 1.
+        DataError: If there are no pixels, a probability is not in [0, 1], x is not 0 or 1, or ``n_bins`` is below 1.
 
     References:
         | Obtaining Well Calibrated Probabilities Using Bayesian Binning (Pakdaman Naeini, Cooper, Hauskrecht, 2015)
     """
-    _check_shapes(mean, x)
+    mean, x = _of_one_shape(mean, x)
+    check_rows(x, is_pooled)
     if is_pooled:
         mean, x = mean.flatten(), x.flatten()
     sums = BinarySums.of(x.shape[1:], n_bins=n_bins, device=x.device)
@@ -124,7 +126,7 @@ class BinarySums(PixelSums):
         Args:
             data_shape: Of one row, (\*data).
             n_bins: As of `ece`.
-            device: Where rows will be.
+            device: Where rows will be; those of other devices are moved there.
 
         Returns:
             The sums, all 0.
@@ -135,7 +137,7 @@ class BinarySums(PixelSums):
         check_counts(n_bins=n_bins)
         return cls(torch.zeros(2 + 3 * n_bins, *data_shape, dtype=torch.float64, device=device), n_bins)
 
-    def update(self, mean: Tensor, x: Tensor, mask: Tensor | None = None) -> BinarySums:
+    def update(self, mean: Numbers, x: Numbers, mask: Numbers | None = None) -> BinarySums:
         r"""The sums with the rows of one batch added; nothing waits for the device.
 
         Args:
@@ -147,12 +149,12 @@ class BinarySums(PixelSums):
             New sums.
 
         Raises:
-            ShapeError: If shapes are not (B, \*data).
+            ShapeError: If shapes are not (B, \*data), or the mask is not bool.
         """
-        self._check_rows(mean, x, mask)
-        mean, x = (part.detach().double() for part in (mean, x))
+        mean, x = self._rows(mean, x)
         seen = torch.ones_like(x)
         if mask is not None:
+            mask = self._mask(mask, x)
             seen, mean, x = mask.double(), torch.where(mask, mean, 0.0), torch.where(mask, x, 0.0)
         edges = torch.linspace(0, 1, self.n_bins + 1, dtype=x.dtype, device=x.device)[1:-1]
         place, empty = torch.bucketize(mean.contiguous(), edges), x.new_zeros(self.n_bins, *x.shape[1:])
@@ -186,6 +188,11 @@ def _is_wrong(mean: Tensor, x: Tensor) -> Tensor:
     return ~((mean >= 0) & (mean <= 1) & ((x == 0) | (x == 1)))
 
 
-def _check_shapes(mean: Tensor, x: Tensor) -> None:
-    if mean.shape != x.shape or x.numel() == 0:
+def _of_one_shape(mean: Numbers, x: Numbers) -> tuple[Tensor, Tensor]:
+    mean = tensor_of(mean)
+    x = tensor_of(x, mean)
+    if mean.shape != x.shape:
         raise ShapeError("probabilities and pixels of one shape", f"{tuple(mean.shape)}, {tuple(x.shape)}", "Reshape.")
+    if x.numel() == 0:
+        raise DataError("at least one pixel", "none", "Give rows.")
+    return mean, x

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from bayesae.errors import ShapeError
 from bayesae.functional import check_finite
+from bayesae.metrics._checks import Numbers, tensor_of
 
 __all__ = ["ess", "split_rhat"]
 
 
-def split_rhat(values: Tensor) -> Tensor:
+def split_rhat(values: Numbers) -> Tensor:
     r"""Potential scale reduction of each number, its chains cut in halves: 1 if all of them tell the same story.
 
     .. math:: \hat R = \sqrt{\tfrac{n - 1}{n} + \tfrac{B}{n W}}, \qquad
@@ -45,7 +46,7 @@ def split_rhat(values: Tensor) -> Tensor:
     return torch.where(_moves(halves), ratio, torch.nan)
 
 
-def ess(values: Tensor) -> Tensor:
+def ess(values: Numbers) -> Tensor:
     r"""Effective sample size of each number's mean, from the autocorrelation of half-chains.
 
     .. math:: \hat n = \frac{2 C n}{\tau}, \quad \tau = -1 + 2 \sum_{k=0}^{K} \hat P_k, \quad
@@ -89,8 +90,9 @@ def ess(values: Tensor) -> Tensor:
     return torch.where(_moves(halves), total / tau.clamp(min=1 / math.log10(total)), torch.nan)
 
 
-def _halves(values: Tensor) -> Tensor:
+def _halves(values: Numbers) -> Tensor:
     """(C, M, ...) to (2 C, M // 2, ...) in float64."""
+    values = tensor_of(values).detach()
     if values.dim() < 2 or values.shape[0] < 1 or values.shape[1] < 4:
         fix = "Keep more draws; posterior.by_chain puts them in this shape."
         raise ShapeError("values (C, M, ...) with M >= 4 draws of each chain", f"{tuple(values.shape)}", fix)

@@ -12,27 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.errors import DataError, NonFiniteError
+from bayesae.errors import DataError, NonFiniteError, ShapeError
+from bayesae.metrics._checks import Numbers, check_resampling, tensor_of, values_of
 
 __all__ = ["Interval", "aupr", "auroc", "bootstrap_interval", "fpr_at_tpr"]
 
 
-def labelled(familiar: Tensor, strange: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def labelled(familiar: Numbers, strange: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """Labels (0 familiar, 1 strange) and scores of both kinds, finite and none empty."""
-    if min(len(familiar), len(strange)) == 0:
-        raise DataError("scores of both kinds", f"{len(familiar)} and {len(strange)}", "Score some rows of each.")
-    values = torch.cat([familiar.double(), strange.double()]).cpu().numpy()
+    kinds = values_of(familiar), values_of(strange)
+    _check_both(*kinds)
+    values = torch.cat([kind.double() for kind in kinds]).numpy()
     if not np.isfinite(values).all():
         raise NonFiniteError("finite scores", f"{(~np.isfinite(values)).sum()} that are not", "Look at those rows.")
-    return np.r_[np.zeros(len(familiar)), np.ones(len(strange))], values
+    return np.r_[np.zeros(len(kinds[0])), np.ones(len(kinds[1]))], values
 
 
-def auroc(familiar: Tensor, strange: Tensor) -> float:
+def _check_both(familiar: Tensor, strange: Tensor) -> None:
+    if min(len(familiar), len(strange)) == 0:
+        raise DataError("scores of both kinds", f"{len(familiar)} and {len(strange)}", "Score some rows of each.")
+
+
+def auroc(familiar: Numbers, strange: Numbers) -> float:
     r"""Probability that a strange row scores higher than a familiar one, ties counted half.
 
     Args:
         familiar: Scores of in-distribution rows, (N,); higher = stranger.
-        strange: Scores of out-of-distribution rows, (M,).
+        strange: Scores of out-of-distribution rows, (M,). Both may be arrays, or tensors of any device.
 
     Returns:
         In [0, 1]; 0.5 is chance.
@@ -41,6 +47,7 @@ def auroc(familiar: Tensor, strange: Tensor) -> float:
     Cost: one sort.
 
     Raises:
+        ShapeError: If scores are not one a row.
         DataError: If a kind has no score.
         NonFiniteError: If a score is not finite.
     """
@@ -49,7 +56,7 @@ def auroc(familiar: Tensor, strange: Tensor) -> float:
     return float(roc_auc_score(*labelled(familiar, strange)))
 
 
-def aupr(familiar: Tensor, strange: Tensor) -> float:
+def aupr(familiar: Numbers, strange: Numbers) -> float:
     """Average precision with the strange rows as positives; depends on how many of each there are.
 
     Args:
@@ -62,6 +69,7 @@ def aupr(familiar: Tensor, strange: Tensor) -> float:
     Exact when: always, as a statistic.
 
     Raises:
+        ShapeError: If scores are not one a row.
         DataError: If a kind has no score.
         NonFiniteError: If a score is not finite.
     """
@@ -70,7 +78,7 @@ def aupr(familiar: Tensor, strange: Tensor) -> float:
     return float(average_precision_score(*labelled(familiar, strange)))
 
 
-def fpr_at_tpr(familiar: Tensor, strange: Tensor, tpr: float = 0.95) -> float:
+def fpr_at_tpr(familiar: Numbers, strange: Numbers, tpr: float = 0.95) -> float:
     """Share of familiar rows that are flagged when at least ``tpr`` of the strange ones are.
 
     Args:
@@ -84,6 +92,7 @@ def fpr_at_tpr(familiar: Tensor, strange: Tensor, tpr: float = 0.95) -> float:
     Exact when: always, as a statistic.
 
     Raises:
+        ShapeError: If scores are not one a row.
         DataError: If ``tpr`` is not a share, or a kind has no score.
         NonFiniteError: If a score is not finite.
     """
@@ -105,8 +114,8 @@ class Interval(NamedTuple):
 
 def bootstrap_interval(
     metric: Callable[[Tensor, Tensor], float],
-    familiar: Tensor,
-    strange: Tensor,
+    familiar: Numbers,
+    strange: Numbers,
     *,
     level: float = 0.95,
     n_resamples: int = 200,
@@ -117,25 +126,35 @@ def bootstrap_interval(
     It covers the choice of test rows and not that of the training run: spread over seeds is another matter.
 
     Args:
-        metric: Such as `auroc`.
-        familiar: Scores of familiar rows.
-        strange: Scores of strange rows.
-        level: Of the percentile interval.
-        n_resamples: Resamples of each kind.
+        metric: Such as `auroc`; of rows in CPU tensors.
+        familiar: Scores of familiar rows, (N,), or (N, ...) of several numbers a row if the metric takes them.
+        strange: Scores of strange rows, (M,) or (M, ...).
+        level: Of the percentile interval, in (0, 1).
+        n_resamples: Resamples of each kind; of fewer than some 2 / (1 - level) the ends are the extremes.
         seed: Of the resampling; the caller's generators are not touched.
 
     Returns:
         The metric and its interval.
 
     No exact case: it covers at ``level`` as the numbers of rows and of resamples grow.
+    Biased when: there are few rows of a kind: the interval is then too short; of a single row it has no width.
     Cost: ``n_resamples`` evaluations of the metric.
+
+    Raises:
+        ShapeError: If scores have no rows.
+        DataError: If a kind has no score, the level is not in (0, 1), or ``n_resamples`` is below 1; and what the
+            metric raises.
     """
+    check_resampling(level, n_resamples)
+    familiar, strange = (tensor_of(scores).detach().cpu() for scores in (familiar, strange))
+    if min(familiar.dim(), strange.dim()) == 0:
+        raise ShapeError("scores of rows, (N, ...)", "one number, ()", "Give the scores of both kinds.")
+    _check_both(familiar, strange)
     generator = torch.Generator().manual_seed(seed)
 
     def resample(scores: Tensor) -> Tensor:
         return scores[torch.randint(len(scores), (len(scores),), generator=generator)]
 
-    familiar, strange = familiar.cpu(), strange.cpu()
     values = [metric(resample(familiar), resample(strange)) for _ in range(n_resamples)]
     low, high = np.quantile(values, ends(level))
     return Interval(metric(familiar, strange), float(low), float(high))

@@ -13,7 +13,8 @@ from torch import Tensor
 from bayesae.data import check_counts
 from bayesae.errors import DataError
 from bayesae.functional import check_finite
-from bayesae.metrics.pit import CONTINUOUS, Atoms, checked, share_below
+from bayesae.metrics._checks import Numbers, check_rows, tensor_of
+from bayesae.metrics.pit import CONTINUOUS, Atoms, average, checked, share_below
 
 __all__ = ["DeviationBins", "IntervalCoverage", "deviation_edges", "ence", "interval_coverage"]
 
@@ -35,9 +36,9 @@ class IntervalCoverage(NamedTuple):
 
 
 def interval_coverage(
-    mean: Tensor,
-    var: Tensor,
-    x: Tensor,
+    mean: Numbers,
+    var: Numbers | float,
+    x: Numbers,
     *,
     levels: Sequence[float] = LEVELS,
     atoms: Atoms = CONTINUOUS,
@@ -54,8 +55,8 @@ def interval_coverage(
 
     Args:
         mean: Predictive means, (B, \*data), units of x.
-        var: Predictive variances, units of x squared.
-        x: What came.
+        var: Predictive variances, units of x squared, of the same shape or ().
+        x: What came, of the same shape.
         levels: Of the intervals, each in (0, 1).
         atoms: How data came from the Normal law: clipped or rounded. Quantiles are clipped with it.
         is_pooled: One number a level; False gives one for every pixel, over rows.
@@ -68,10 +69,11 @@ def interval_coverage(
     Cost: one pass over the values for each level.
 
     Raises:
+        ShapeError: If shapes differ.
         DataError: If a level is not in (0, 1), there are no values, or values outside the atoms' range.
         NonFiniteError: If a standardised error is not finite.
     """
-    check_levels(levels)
+    levels = checked_levels(levels)
     mean, var, x = checked(mean, var, x, atoms)
     below, upto = atoms.levels_of(mean, var, x)
     inside = [average(share_inside(below, upto, level), is_pooled) for level in levels]
@@ -79,10 +81,12 @@ def interval_coverage(
     return IntervalCoverage(x.new_tensor(levels), torch.stack(inside), torch.stack(width))
 
 
-def check_levels(levels: Sequence[float]) -> None:
-    """Raise unless every level is a share."""
-    if not levels or not all(0 < level < 1 for level in levels):
-        raise DataError("levels of intervals in (0, 1)", f"{tuple(levels)}", "0.95 is 95 %.")
+def checked_levels(levels: Sequence[float]) -> tuple[float, ...]:
+    """The levels as numbers; raises unless there are some and every one is a share."""
+    found = tuple(map(float, levels))
+    if not found or not all(0 < level < 1 for level in found):
+        raise DataError("levels of intervals in (0, 1)", f"{found}", "0.95 is 95 %.")
+    return found
 
 
 def share_inside(below: Tensor, upto: Tensor, level: float) -> Tensor:
@@ -97,11 +101,6 @@ def widths(mean: Tensor, var: Tensor, level: float, atoms: Atoms) -> Tensor:
     if atoms.low is not None or atoms.high is not None:
         low, high = low.clamp(atoms.low, atoms.high), high.clamp(atoms.low, atoms.high)
     return high - low
-
-
-def average(values: Tensor, is_pooled: bool) -> Tensor:
-    """Mean over all values, or over rows."""
-    return values.mean() if is_pooled else values.mean(0)
 
 
 class DeviationBins(NamedTuple):
@@ -120,7 +119,7 @@ class DeviationBins(NamedTuple):
     ence: Tensor
 
 
-def deviation_edges(var: Tensor, n_bins: int = 10) -> tuple[float, ...]:
+def deviation_edges(var: Numbers, n_bins: int = 10) -> tuple[float, ...]:
     """Edges between bins of predicted deviation that hold as many values each.
 
     Args:
@@ -137,7 +136,7 @@ def deviation_edges(var: Tensor, n_bins: int = 10) -> tuple[float, ...]:
         NonFiniteError: If a variance is negative or not finite.
     """
     check_counts(n_bins=n_bins)
-    deviations = var.detach().double().flatten().sqrt().sort().values
+    deviations = tensor_of(var).detach().double().flatten().sqrt().sort().values
     if len(deviations) == 0:
         raise DataError("at least one variance", "none", "Give those of a first batch.")
     check_finite({"deviations": deviations}, "roots of variances", "Is a variance NaN or below 0?")
@@ -147,9 +146,9 @@ def deviation_edges(var: Tensor, n_bins: int = 10) -> tuple[float, ...]:
 
 
 def ence(
-    mean: Tensor,
-    var: Tensor,
-    x: Tensor,
+    mean: Numbers,
+    var: Numbers | float,
+    x: Numbers,
     *,
     edges: Sequence[float] | None = None,
     is_pooled: bool = True,
@@ -160,8 +159,8 @@ def ence(
 
     Args:
         mean: Predictive means, (B, \*data), units of x.
-        var: Predictive variances, units of x squared.
-        x: What came.
+        var: Predictive variances, units of x squared, of the same shape or ().
+        x: What came, of the same shape.
         edges: Between the bins, rising, units of x; those of `deviation_edges` (ten bins) if None.
         is_pooled: Bins over all values; False fills them for every pixel.
 
@@ -174,6 +173,7 @@ def ence(
     Cost: one pass over the values for each bin.
 
     Raises:
+        ShapeError: If shapes differ.
         DataError: If there are no values, or edges do not rise.
         NonFiniteError: If a standardised error is not finite.
 
@@ -182,18 +182,21 @@ def ence(
           Departure: the edges may be given; bins without a value are left out of the mean.
     """
     mean, var, x = checked(mean, var, x, CONTINUOUS)
-    edges = deviation_edges(var) if edges is None else edges
-    check_edges(edges)
+    edges = checked_edges(deviation_edges(var) if edges is None else edges)
     parts = torch.stack([torch.ones_like(x), var, (x - mean) ** 2])
-    axes = tuple(range(1, parts.dim())) if is_pooled else (1,)
-    sums = torch.stack([(parts * inside).sum(axes) for inside in bins_of(var, edges)])
+    if is_pooled:
+        parts, var = parts.reshape(3, -1), var.flatten()
+    check_rows(x, is_pooled)
+    sums = torch.stack([(parts * inside).sum(1) for inside in bins_of(var, edges)])
     return deviation_bins(*sums.unbind(1))
 
 
-def check_edges(edges: Sequence[float]) -> None:
-    """Raise unless the edges rise."""
-    if any(not first < second for first, second in itertools.pairwise(edges)):
-        raise DataError("edges that rise", f"{tuple(edges)}", "Take those of deviation_edges(var).")
+def checked_edges(edges: Sequence[float]) -> tuple[float, ...]:
+    """The edges as numbers; raises unless they rise."""
+    found = tuple(map(float, edges))
+    if any(not first < second for first, second in itertools.pairwise((-math.inf, *found))):
+        raise DataError("edges that rise", f"{found}", "Take those of deviation_edges(var).")
+    return found
 
 
 def bins_of(var: Tensor, edges: Sequence[float]) -> list[Tensor]:

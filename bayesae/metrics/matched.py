@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from bayesae.data import check_counts
 from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
+from bayesae.metrics._checks import Numbers, tensor_of
 from bayesae.metrics.detection import auroc
 
 __all__ = ["matched_auroc"]
 
 
 def matched_auroc(
-    familiar: Tensor, strange: Tensor, familiar_by: Tensor, strange_by: Tensor, *, n_bins: int = 10
+    familiar: Numbers, strange: Numbers, familiar_by: Numbers, strange_by: Numbers, *, n_bins: int = 10
 ) -> float:
     r"""Probability that a strange row scores higher than a familiar one *of the same stratum* of a covariate.
 
@@ -49,16 +50,19 @@ def matched_auroc(
           characteristic curve (Janes, Pepe, 2009)
     """
     check_counts(n_bins=n_bins)
+    familiar, strange, familiar_by, strange_by = (
+        tensor_of(values).detach().cpu() for values in (familiar, strange, familiar_by, strange_by)
+    )
     for scores, by in ((familiar, familiar_by), (strange, strange_by)):
         if scores.shape != by.shape or scores.dim() != 1:
             got = f"scores {tuple(scores.shape)} and covariates {tuple(by.shape)}"
             raise ShapeError("one covariate for every score, (N,)", got, "Compute both of the same rows.")
-    by = torch.cat([familiar_by, strange_by]).double()
+    by = torch.cat([familiar_by.double(), strange_by.double()])
     check_finite({"familiar_by and strange_by": by}, "covariates", "Leave out rows without one.")
     edges = by.unique()[:-1]
     if len(edges) >= n_bins:
-        shares = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=by.device)[1:-1]
-        edges = torch.quantile(by, shares).unique()
+        # not torch.quantile, which ends at 2^24 rows
+        edges = torch.from_numpy(np.quantile(by.numpy(), np.linspace(0, 1, n_bins + 1)[1:-1])).unique()
     bins = [torch.bucketize(values.double(), edges) for values in (familiar_by, strange_by)]
     total, n_pairs = 0.0, 0
     for stratum in range(len(edges) + 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesae.data import check_counts
 from bayesae.errors import DataError
 from bayesae.functional import check_finite
+from bayesae.metrics._checks import Numbers, check_rows, law_of
 
 __all__ = ["Atoms", "QuantileCalibration", "pit", "quantile_calibration"]
 
@@ -68,9 +69,10 @@ def share_below(below: Tensor, upto: Tensor, level: float) -> Tensor:
     return torch.where(upto > below, spread, (upto <= level).to(spread))
 
 
-def checked(mean: Tensor, var: Tensor, x: Tensor, atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
+def checked(mean: Numbers, var: Numbers | float, x: Numbers, atoms: Atoms) -> tuple[Tensor, Tensor, Tensor]:
     """The three in float64, of one shape; raises where no Normal law with data in its range is given."""
-    mean, var, x = (part.detach().double() for part in torch.broadcast_tensors(mean, var, x))
+    mean, var, x = (part.detach().double() for part in law_of(mean, var, x))
+    var = var.expand_as(x)
     if x.numel() == 0:
         raise DataError("at least one value", "none", "Give rows.")
     check_finite({"(x - mean) / sd": (x - mean) / var.sqrt()}, "standardised errors", "Is a variance 0, or a mean NaN?")
@@ -80,7 +82,13 @@ def checked(mean: Tensor, var: Tensor, x: Tensor, atoms: Atoms) -> tuple[Tensor,
     return mean, var, x
 
 
-def pit(mean: Tensor, var: Tensor, x: Tensor, *, atoms: Atoms = CONTINUOUS, seed: int = 0) -> Tensor:
+def average(values: Tensor, is_pooled: bool) -> Tensor:
+    """Mean over all values, or over rows."""
+    check_rows(values, is_pooled)
+    return values.mean() if is_pooled else values.mean(0)
+
+
+def pit(mean: Numbers, var: Numbers | float, x: Numbers, *, atoms: Atoms = CONTINUOUS, seed: int = 0) -> Tensor:
     r"""Randomised probability integral transform of Normal predictives.
 
     .. math:: u = F(x^-) + v\,(F(x) - F(x^-)), \qquad v \sim U(0, 1)
@@ -89,19 +97,20 @@ def pit(mean: Tensor, var: Tensor, x: Tensor, *, atoms: Atoms = CONTINUOUS, seed
 
     Args:
         mean: Predictive means, units of x.
-        var: Predictive variances, units of x squared.
-        x: What came, of their common shape.
+        var: Predictive variances, units of x squared, of the same shape or ().
+        x: What came, of the same shape.
         atoms: How data came from the Normal law; by default they are it.
         seed: Of v; the caller's generators are not touched.
 
     Returns:
-        u in [0, 1], float64, of the common shape.
+        u in [0, 1], float64, of that shape.
 
     Exact when: x is drawn from the predictive, clipped and rounded as ``atoms`` says: u is then uniform.
     Biased when: x piles up on values that ``atoms`` does not name: u then piles up too.
     Cost: two Normal distribution functions a value.
 
     Raises:
+        ShapeError: If shapes differ.
         DataError: If there are no values, or values outside the atoms' range.
         NonFiniteError: If a standardised error is not finite.
 
@@ -115,46 +124,79 @@ def pit(mean: Tensor, var: Tensor, x: Tensor, *, atoms: Atoms = CONTINUOUS, seed
     return below + uniform * (upto - below)
 
 
-class QuantileCalibration(NamedTuple):
-    """Shares of the data below each predictive quantile.
+Error = TypeVar("Error", float, Tensor)
+
+
+class QuantileCalibration(NamedTuple, Generic[Error]):
+    r"""Shares of the data below each predictive quantile.
 
     Args:
         levels: Nominal levels, (L,).
-        observed: Share of values below the predictive quantile of that level, (L,).
-        error: Mean absolute difference of the two.
+        observed: Share of values below the predictive quantile of that level, (L,), or (L, \*data) by pixel.
+        error: Mean absolute difference of the two over levels: a number, or (\*data) by pixel.
     """
 
     levels: Tensor
     observed: Tensor
-    error: float
+    error: Error
 
 
+@overload
 def quantile_calibration(
-    mean: Tensor, var: Tensor, x: Tensor, *, n_levels: int = 19, atoms: Atoms = CONTINUOUS
-) -> QuantileCalibration:
-    r"""Calibration of Gaussian predictive quantiles, pooled over all entries.
+    mean: Numbers,
+    var: Numbers | float,
+    x: Numbers,
+    *,
+    n_levels: int = ...,
+    atoms: Atoms = ...,
+    is_pooled: Literal[True] = ...,
+) -> QuantileCalibration[float]: ...
+@overload
+def quantile_calibration(
+    mean: Numbers,
+    var: Numbers | float,
+    x: Numbers,
+    *,
+    n_levels: int = ...,
+    atoms: Atoms = ...,
+    is_pooled: Literal[False],
+) -> QuantileCalibration[Tensor]: ...
+def quantile_calibration(
+    mean: Numbers,
+    var: Numbers | float,
+    x: Numbers,
+    *,
+    n_levels: int = 19,
+    atoms: Atoms = CONTINUOUS,
+    is_pooled: bool = True,
+) -> QuantileCalibration[float] | QuantileCalibration[Tensor]:
+    r"""Calibration of Gaussian predictive quantiles, pooled over all entries or pixel by pixel.
 
     The probability integral transform (`pit`) is uniform if and only if the predictive is calibrated on average; its
     distribution function is what is returned. Where x is an atom the random part is averaged over, not drawn: the mass
     of a value is spread evenly over the levels that it takes up.
 
     Args:
-        mean: Predictive means.
-        var: Predictive variances.
-        x: What came.
+        mean: Predictive means, (B, \*data), or of any shape if pooled.
+        var: Predictive variances, of the same shape or ().
+        x: What came, of the same shape.
         n_levels: Levels 1/(n+1) .. n/(n+1).
         atoms: How data came from the Normal law: clipped or rounded. By default they are it.
+        is_pooled: One share a level; False gives one for every pixel, over rows.
 
     Returns:
         Levels, observed shares and the mean absolute error: 0 is calibrated, 0.25 the most for a symmetric
-        predictive that is much too wide or much too narrow.
+        predictive that is much too wide or much too narrow. By batches: the sums over the bins of
+        `CalibrationSums`' histogram.
 
     Exact when: x is drawn from the predictive, clipped and rounded as ``atoms`` says: the error then goes to 0 as
         entries are added.
     Biased when: x has atoms (pixels that are exactly 0) that ``atoms`` does not name: one value then cannot be spread
-        over levels.
+        over levels. A single pixel's shares are of B values: of 100 rows a perfect predictive has an error near 0.03.
+    Cost: two Normal distribution functions a value, and one pass for each level.
 
     Raises:
+        ShapeError: If shapes differ.
         DataError: If there are no values, values outside the atoms' range, or ``n_levels`` is below 1.
         NonFiniteError: If a standardised error is not finite.
 
@@ -166,5 +208,9 @@ def quantile_calibration(
     mean, var, x = checked(mean, var, x, atoms)
     below, upto = atoms.levels_of(mean, var, x)
     levels = torch.arange(1, n_levels + 1, dtype=x.dtype, device=x.device) / (n_levels + 1)
-    observed = torch.stack([share_below(below, upto, k / (n_levels + 1)).mean() for k in range(1, n_levels + 1)])
-    return QuantileCalibration(levels, observed, float((observed - levels).abs().mean()))
+    shares = (share_below(below, upto, k / (n_levels + 1)) for k in range(1, n_levels + 1))
+    observed = torch.stack([average(share, is_pooled) for share in shares])
+    error = (observed - levels.reshape(-1, *[1] * (observed.dim() - 1))).abs().mean(0)
+    if is_pooled:
+        return QuantileCalibration(levels, observed, float(error))
+    return QuantileCalibration(levels, observed, error)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import DataError, NonFiniteError, ShapeError
+from bayesae.metrics._checks import Numbers, check_resampling, tensor_of
 from bayesae.metrics.detection import Interval, aupr, auroc, ends, labelled
 
 __all__ = ["per_region_overlap", "pixel_aupr", "pixel_auroc", "pixel_auroc_interval"]
 
 
-def pixel_auroc(scores: Tensor, masks: Tensor, *, is_pooled: bool = True) -> float:
+def pixel_auroc(scores: Numbers, masks: Numbers, *, is_pooled: bool = True) -> float:
     r"""Probability that a defect pixel scores higher than one without a defect, ties counted half.
 
     Args:
@@ -40,7 +41,7 @@ def pixel_auroc(scores: Tensor, masks: Tensor, *, is_pooled: bool = True) -> flo
     return _over_pixels(auroc, scores, masks, is_pooled)
 
 
-def pixel_aupr(scores: Tensor, masks: Tensor, *, is_pooled: bool = True) -> float:
+def pixel_aupr(scores: Numbers, masks: Numbers, *, is_pooled: bool = True) -> float:
     r"""Average precision with the defect pixels as positives.
 
     Args:
@@ -62,10 +63,10 @@ def pixel_aupr(scores: Tensor, masks: Tensor, *, is_pooled: bool = True) -> floa
 
 
 def pixel_auroc_interval(
-    scores: Tensor,
-    masks: Tensor,
+    scores: Numbers,
+    masks: Numbers,
     *,
-    baseline: Tensor | None = None,
+    baseline: Numbers | None = None,
     level: float = 0.95,
     n_resamples: int = 200,
     seed: int = 0,
@@ -79,7 +80,7 @@ def pixel_auroc_interval(
         scores: As for `pixel_auroc`.
         masks: As for `pixel_auroc`.
         baseline: Other scores of the same pixels; value and interval are then those of the gain over them.
-        level: Of the percentile interval.
+        level: Of the percentile interval, in (0, 1).
         n_resamples: Resamples of the images.
         seed: Of the resampling; the caller's generators are not touched.
 
@@ -91,9 +92,11 @@ def pixel_auroc_interval(
 
     Raises:
         ShapeError: If masks or baseline do not fit.
-        DataError: If a resample has no pixels of both kinds: too few images have a defect.
+        DataError: If a resample has no pixels of both kinds: too few images have a defect; or the level is not in
+            (0, 1), or ``n_resamples`` is below 1.
         NonFiniteError: If a score is not finite.
     """
+    check_resampling(level, n_resamples)
     generator = torch.Generator().manual_seed(seed)
     sides = []
     for values, is_strange in (_pixels(one, masks) for one in (scores, baseline) if one is not None):
@@ -119,7 +122,7 @@ def pixel_auroc_interval(
     return Interval(value(np.ones(n)), float(low), float(high))
 
 
-def per_region_overlap(scores: Tensor, masks: Tensor, *, max_fpr: float = 0.3) -> float:
+def per_region_overlap(scores: Numbers, masks: Numbers, *, max_fpr: float = 0.3) -> float:
     r"""Mean share of a defect that is found, averaged over false-positive rates up to ``max_fpr``.
 
     .. math:: \frac{1}{r} \int_0^r \frac1C \sum_{c=1}^{C} \frac{|\{o \in c : s_o \ge t(u)\}|}{|c|}\, du, \qquad
@@ -149,6 +152,7 @@ def per_region_overlap(scores: Tensor, masks: Tensor, *, max_fpr: float = 0.3) -
     """
     if not 0 < max_fpr <= 1:
         raise DataError("a false-positive rate in (0, 1]", f"max_fpr={max_fpr}", "0.3 is 30 %.")
+    scores, masks = tensor_of(scores), tensor_of(masks)
     if scores.dim() < 3:
         raise ShapeError("scores (N, ..., height, width)", f"{tuple(scores.shape)}", "Components need images.")
     from scipy import ndimage
@@ -170,8 +174,9 @@ def per_region_overlap(scores: Tensor, masks: Tensor, *, max_fpr: float = 0.3) -
     return float(np.trapezoid(y, x) / max_fpr)
 
 
-def _pixels(scores: Tensor, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _pixels(scores: Numbers, masks: Numbers) -> tuple[np.ndarray, np.ndarray]:
     """Scores in double precision and flags, (N, P) each."""
+    scores, masks = tensor_of(scores), tensor_of(masks)
     if scores.shape != masks.shape or masks.dtype != torch.bool or scores.dim() < 2:
         raise ShapeError(
             f"masks of the scores' shape {tuple(scores.shape)}, (N, *data), and dtype bool",
@@ -184,7 +189,7 @@ def _pixels(scores: Tensor, masks: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return values, masks.flatten(1).cpu().numpy()
 
 
-def _over_pixels(metric: Callable[[Tensor, Tensor], float], scores: Tensor, masks: Tensor, is_pooled: bool) -> float:
+def _over_pixels(metric: Callable[[Tensor, Tensor], float], scores: Numbers, masks: Numbers, is_pooled: bool) -> float:
     values, is_strange = (torch.as_tensor(part) for part in _pixels(scores, masks))
     if is_pooled:
         return metric(values[~is_strange], values[is_strange])

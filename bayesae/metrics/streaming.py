@@ -11,14 +11,15 @@ from torch import Tensor
 
 from bayesae.data import check_counts
 from bayesae.errors import DataError, NonFiniteError
+from bayesae.metrics._checks import Numbers, tensor_of
 from bayesae.metrics._sums import PixelSums
 from bayesae.metrics.intervals import (
     LEVELS,
     DeviationBins,
     IntervalCoverage,
     bins_of,
-    check_edges,
-    check_levels,
+    checked_edges,
+    checked_levels,
     deviation_bins,
     share_inside,
     widths,
@@ -100,7 +101,7 @@ class CalibrationSums(PixelSums):
                 default there is one bin.
             n_bins: Of the histogram of the probability integral transform.
             atoms: How data came from the Normal law: clipped or rounded.
-            device: Where rows will be.
+            device: Where rows will be; those of other devices are moved there.
 
         Returns:
             The sums, all 0.
@@ -109,18 +110,17 @@ class CalibrationSums(PixelSums):
             DataError: If a level is not in (0, 1), edges do not rise, or ``n_bins`` is below 1.
         """
         check_counts(n_bins=n_bins)
-        check_levels(levels)
-        check_edges(edges)
+        levels, edges = checked_levels(levels), checked_edges(edges)
         n_statistics = 4 + 2 * len(levels) + n_bins + 3 * (len(edges) + 1)
         sums = torch.zeros(n_statistics, *data_shape, dtype=torch.float64, device=device)
-        return cls(sums, tuple(levels), tuple(edges), n_bins, atoms)
+        return cls(sums, levels, edges, n_bins, atoms)
 
-    def update(self, mean: Tensor, var: Tensor, x: Tensor, mask: Tensor | None = None) -> CalibrationSums:
+    def update(self, mean: Numbers, var: Numbers | float, x: Numbers, mask: Numbers | None = None) -> CalibrationSums:
         r"""The sums with the rows of one batch added; nothing waits for the device.
 
         Args:
             mean: Predictive means, (B, \*data), units of x.
-            var: Predictive variances, (B, \*data), positive; what is not finite is found by `result`.
+            var: Predictive variances, (B, \*data) or (), positive; what is not finite is found by `result`.
             x: What came, (B, \*data).
             mask: True where x was observed, (B, \*data); other entries, in which all three may be NaN, do not count.
 
@@ -128,10 +128,11 @@ class CalibrationSums(PixelSums):
             New sums.
 
         Raises:
-            ShapeError: If shapes are not (B, \*data).
+            ShapeError: If shapes are not (B, \*data), or the mask is not bool.
         """
-        self._check_rows(mean, var, x, mask)
-        mean, var, x = (part.detach().double() for part in (mean, var, x))
+        mean, var = tensor_of(mean), tensor_of(var)
+        mean, var, x = self._rows(mean, var if var.dim() else var.expand_as(mean), x)
+        mask = None if mask is None else self._mask(mask, x)
         if mask is not None:  # elsewhere may be NaN, or no variance: observed entries of imputations
             mean, x, var = (torch.where(mask, part, other) for part, other in ((mean, 0.0), (x, 0.0), (var, 1.0)))
         is_observed = torch.ones_like(x) if mask is None else mask.double()

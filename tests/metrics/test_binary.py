@@ -114,6 +114,15 @@ def test_single_precision_and_columns_in_any_order_in_memory():
     assert_close(found.brier.mT, metrics.ece(p.float(), x, is_pooled=False).brier, **TIGHT)
 
 
+def test_truth_values_and_arrays_are_pixels():
+    p, x = pixels(50)
+    p = p.requires_grad_()
+    for given in (x.bool(), x.bool().numpy(), x.int(), x.numpy()):
+        assert_close(metrics.brier_score(p, given), metrics.brier_score(p, x))
+        assert_close(metrics.ece(p, given).error, metrics.ece(p, x).error)
+    assert metrics.brier_score(p, x).requires_grad and not metrics.ece(p, x).error.requires_grad
+
+
 def test_what_is_refused():
     p, x = pixels(4)
     for score in (metrics.brier_score, metrics.ece):
@@ -127,7 +136,15 @@ def test_what_is_refused():
             score(p, x[:2])
     with pytest.raises(bae.errors.DataError, match="n_bins of at least 1"):
         metrics.ece(p, x, n_bins=0)
+        with pytest.raises(bae.errors.DataError, match="at least one pixel"):
+            score(p[:0], x[:0])
+        with pytest.raises(bae.errors.ShapeError, match="one shape"):
+            score(p[:, None], x)
+    with pytest.raises(bae.errors.ShapeError, match="for numbers by pixel"):
+        metrics.ece(p[0], x[0], is_pooled=False)
     sums = BinarySums.of((2, 3))
+    with pytest.raises(bae.errors.ShapeError, match="a mask of dtype bool"):
+        sums.update(*rows(), torch.ones(50, 2, 3))
     with pytest.raises(bae.errors.DataError, match="at least one value"):
         sums.result()
     with pytest.raises(bae.errors.ShapeError, match=r"\(B, 2, 3\)"):

@@ -92,12 +92,27 @@ def test_empty_bins_are_left_out():
     assert_close(found.ence, metrics.ence(mean, var, x, edges=(0.6,)).ence)
 
 
+def test_levels_and_edges_may_be_arrays():
+    mean, var, x = model(40)
+    first = metrics.interval_coverage(mean, var, x, levels=torch.tensor([0.5, 0.9], **F64))
+    for ours, theirs in zip(first, metrics.interval_coverage(mean, var, x, levels=(0.5, 0.9)), strict=True):
+        assert_close(ours, theirs)
+    assert_close(metrics.ence(mean, var, x, edges=np.array([0.4])).ence, metrics.ence(mean, var, x, edges=(0.4,)).ence)
+    assert metrics.deviation_edges(var.numpy()) == metrics.deviation_edges(var.requires_grad_())
+
+
 def test_what_is_refused():
     mean, var, x = model(3)
     with pytest.raises(bae.errors.DataError, match="levels of intervals"):
         metrics.interval_coverage(mean, var, x, levels=(95.0,))
-    with pytest.raises(bae.errors.DataError, match="edges that rise"):
-        metrics.ence(mean, var, x, edges=(0.3, 0.1))
+    for edges in ((0.3, 0.1), (math.nan,), np.array([0.2, 0.2])):
+        with pytest.raises(bae.errors.DataError, match="edges that rise"):
+            metrics.ence(mean, var, x, edges=edges)
+    for measure in (metrics.interval_coverage, metrics.ence):
+        with pytest.raises(bae.errors.ShapeError, match="for numbers by pixel"):
+            measure(mean[0], var[0], x[0], is_pooled=False)
+    with pytest.raises(bae.errors.DataError, match="levels of intervals"):
+        metrics.interval_coverage(mean, var, x, levels=np.array([]))
     with pytest.raises(bae.errors.DataError, match="n_bins of at least 1"):
         metrics.deviation_edges(var, 0)
     with pytest.raises(bae.errors.DataError, match="at least one variance"):

@@ -56,6 +56,54 @@ def test_quantile_calibration_averages_the_random_part(atoms):
         assert abs(float(share - observed)) < 4 * 0.5 / math.sqrt(2000 * 50) + 1e-12
 
 
+@pytest.mark.parametrize("atoms", ATOMS, ids=str)
+def test_by_pixel_is_each_pixel_alone(atoms):
+    mean, var, y = (part.reshape(25, 2, 3) for part in model(150))
+    x = data_of(atoms, y)
+    found = metrics.quantile_calibration(mean, var, x, n_levels=9, atoms=atoms, is_pooled=False)
+    assert found.observed.shape == (9, 2, 3) and found.error.shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            one = [part[:, i, j] for part in (mean, var, x)]
+            alone = metrics.quantile_calibration(*one, n_levels=9, atoms=atoms)
+            assert_close(found.observed[:, i, j], alone.observed, rtol=1e-12, atol=1e-12)
+            assert float(found.error[i, j]) == pytest.approx(alone.error, abs=1e-12)
+
+
+def test_the_error_of_a_hundred_rows_is_what_the_page_says():
+    mean, var, x = (part.reshape(100, 400) for part in model(40_000))
+    error = metrics.quantile_calibration(mean, var, x, is_pooled=False).error
+    assert float(error.mean()) == pytest.approx(0.031, abs=4 * float(error.std()) / 20)
+
+
+def test_nothing_is_broadcast():
+    """Means (B, 1) and data (B,) were B squared numbers, and a calibration of none of them."""
+    mean, var, x = model(20)
+    scores = [
+        metrics.pit, metrics.quantile_calibration, metrics.interval_coverage, metrics.ence,
+        metrics.gaussian_nll, metrics.gaussian_crps,
+    ]  # fmt: skip
+    for score in scores:
+        for wrong in ((mean[:, None], var[:, None], x), (mean, var[:, None], x), (mean, var, x[0]), (mean, var[:1], x)):
+            with pytest.raises(bae.errors.ShapeError, match=r"of one shape; got \(20,"):
+                score(*wrong)
+
+
+def test_one_variance_arrays_and_truth_values_will_do():
+    mean, _, x = model(20)
+    mean = mean.float().requires_grad_()
+    full = torch.full((20,), 0.25, **F64)
+    for score in (metrics.pit, metrics.gaussian_nll, metrics.gaussian_crps):
+        expected = score(mean, full, x)
+        assert_close(score(mean, 0.25, x.numpy()), expected)
+        assert_close(score(mean, full[0], x), expected)
+        assert_close(score(mean, full, x > 0).double(), score(mean, full, (x > 0).double()))
+    assert metrics.gaussian_nll(mean, 0.25, x).requires_grad
+    for measure in (metrics.interval_coverage, metrics.ence, metrics.quantile_calibration):
+        for ours, theirs in zip(measure(mean, 0.25, x.numpy()), measure(mean, full, x), strict=True):
+            assert_close(ours, theirs)
+
+
 def test_by_hand():
     mean, var = torch.tensor([0.0, 0.0, 0.0], **F64), torch.ones(3, **F64)
     x = torch.tensor([0.0, 0.5, 1.0], **F64)

@@ -47,8 +47,8 @@ def test_is_what_all_rows_at_once_give(atoms, is_pooled):
     if is_pooled:
         assert_close(observed, metrics.quantile_calibration(mean, var, x, n_levels=9, atoms=atoms).observed, **TIGHT)
     else:
-        alone = metrics.quantile_calibration(mean[:, 1, 2], var[:, 1, 2], x[:, 1, 2], n_levels=9, atoms=atoms)
-        assert_close(observed[:, 1, 2], alone.observed, **TIGHT)
+        at_once = metrics.quantile_calibration(mean, var, x, n_levels=9, atoms=atoms, is_pooled=False)
+        assert_close(observed, at_once.observed, **TIGHT)
 
 
 def test_merging_and_batches_do_not_matter():
@@ -78,6 +78,14 @@ def test_a_mask_leaves_entries_out():
     assert_close(sums.result().histogram, whole.histogram, **TIGHT)
 
 
+def test_one_variance_and_arrays_will_do():
+    mean, _, x = rows()
+    sums = CalibrationSums.of((2, 3), edges=EDGES)
+    expected = sums.update(mean, torch.full_like(x, 0.3), x, x > 0).sums
+    assert_close(sums.update(mean, 0.3, x.numpy(), (x > 0).numpy()).sums, expected)
+    assert_close(sums.update(mean.float().double(), torch.tensor(0.3), x, x > 0).sums, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_an_update_reads_nothing_from_the_device():
     """Tensors without data: whatever asks for a value fails."""
     sums = CalibrationSums.of((2, 3), edges=EDGES, atoms=Atoms(0.0, 1.0, 1 / 255), device="meta")
@@ -105,5 +113,14 @@ def test_what_is_refused():
         sums.update(mean, var, x[:, :1])
     with pytest.raises(bae.errors.DataError, match="n_bins of at least 1"):
         CalibrationSums.of((2, 3), n_bins=0)
-    with pytest.raises(bae.errors.ShapeError, match="same settings"):
-        sums.merge(CalibrationSums.of((2, 3)))
+    for other in (CalibrationSums.of((2, 3)), metrics.BinarySums.of((2, 3), n_bins=10)):
+        with pytest.raises(bae.errors.ShapeError, match="same settings"):
+            sums.merge(other)
+    with pytest.raises(bae.errors.ShapeError, match=r"\(B, 2, 3\)"):
+        sums.update(mean, var[:, :1], x)
+    with pytest.raises(bae.errors.ShapeError, match="a mask of dtype bool"):
+        sums.update(mean, var, x, torch.ones_like(x))
+    with pytest.raises(bae.errors.ShapeError, match=r"\(B, 2, 3\)"):
+        sums.update(mean, var, x, torch.ones(50, dtype=torch.bool))
+    with pytest.raises(bae.errors.ShapeError, match=r"expected \(B\) for all"):
+        CalibrationSums.of(()).update(mean, var, x)
