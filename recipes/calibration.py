@@ -14,7 +14,7 @@ variance; coverage and mean width of central intervals, with "largest miss" the 
 between the sparsification curves (AUSE); mean distance of observed from nominal levels over 19 quantiles ("quantile
 error"), and the same for the Normal law clipped to [0, 1] and rounded to grey levels, so that pixels of exactly 0 are
 spread over the levels that they take up ("PIT error"). Then test images are made noisy, turned and blurred in five
-strengths (`datasets.shifted`): NLL, and coverage of 90 % intervals, with the factors of unshifted calibration images.
+strengths (`datasets.shifted`): NLL and coverage, with the factors of unshifted calibration images.
 
 Target: intervals of 50, 80, 90 and 95 % within two points of their level after recalibration (checked at the end for
 isotonic and conformal ones, above and below at every level; that the others miss by as much as they do is checked,
@@ -113,6 +113,8 @@ CLAIMS = [  # data, setting, metric, mean over predictives and seeds, tolerance
     ("fashion-mnist", "variance", "coverage 50", 0.658, 0.02),
 ]
 SHIFTS = ("noise", "rotation", "blur")
+N_STRENGTHS = 5
+OF_SHIFTS = ("none", "variance", "variance by pixel", "temperature", "isotonic", "conformal")
 PIXELS = metrics.Atoms(0.0, 1.0, 1 / 255)
 
 
@@ -231,7 +233,7 @@ def run(config: Config, flags: report.Flags, records: report.Records) -> None:
                 factors = {"noise factor": float(tempered.noise), "temperature": float(tempered.weights)}
                 add("temperature", name, factors)
             for shift in SHIFTS:
-                for strength in range(6):
+                for strength in range(N_STRENGTHS + 1):
                     rows = world.test[: config.n_shifted]
                     rows = bae.datasets.shifted(rows, shift, strength, seed=seed) if strength else rows
                     moved, target = (
@@ -239,11 +241,14 @@ def run(config: Config, flags: report.Flags, records: report.Records) -> None:
                         rows.flatten(1)[:, world.is_alive],
                     )
                     values = {}
-                    for kind in ("none", "variance", "variance by pixel", "temperature", "isotonic"):
+                    for kind in OF_SHIFTS:
                         law = fits[kind](moved)
-                        nll = float(metrics.gaussian_nll(law.mean, law.total, target).double().mean())
-                        inside = share(is_inside(fits[kind], moved, target, 0.9))
-                        values |= {f"NLL, {kind}": nll, f"coverage 90, {kind}": inside}
+                        values[f"NLL, {kind}"] = float(
+                            metrics.gaussian_nll(law.mean, law.total, target).double().mean()
+                        )
+                        for level in LEVELS:
+                            inside = share(is_inside(fits[kind], moved, target, level))
+                            values[f"coverage {100 * level:g}, {kind}"] = inside
                     add(f"{shift} {strength}", name, values)
             print(f"{name}: {time.process_time() - start:.0f} CPU seconds so far", flush=True)
             if flags.json:
@@ -251,12 +256,12 @@ def run(config: Config, flags: report.Flags, records: report.Records) -> None:
 
 
 def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
-    """Coverage before and after, coverage by decile, and NLL over shift strength; means over seeds."""
-    figure, grid = plt.subplots(3 * len(data), 3, figsize=(13, 12 * len(data)), layout="constrained", squeeze=False)
+    """Coverage before and after and under shift, coverage by decile, and NLL over shift strength; means over seeds."""
+    figure, grid = plt.subplots(4 * len(data), 3, figsize=(13, 16 * len(data)), layout="constrained", squeeze=False)
     for number, name in enumerate(data):
         rows = [row for row in records.rows if row.data == name]
         methods = list(dict.fromkeys(row.method for row in rows))
-        top, middle, bottom = grid[3 * number : 3 * number + 3]
+        top, middle, under, bottom = grid[4 * number : 4 * number + 4]
         for axes, kind in zip(top, ("none", "variance", "isotonic"), strict=True):
             curves = {}
             for method in methods:
@@ -269,6 +274,14 @@ def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
             curves = {method: by_decile(rows, kind, method) for method in methods}
             bae.plots.coverage_by_deviation(axes, curves, level=0.9)
             axes.set_title("deciles of deviation, " + ("as it is" if kind == "none" else kind))
+        for axes, shift in zip(under, SHIFTS, strict=True):
+            curves = {}
+            for method in methods:
+                where = {"data": name, "setting": f"{shift} {N_STRENGTHS}", "method": method}
+                inside = [records.mean(metric=f"coverage {100 * level:g}, isotonic", **where) for level in LEVELS]
+                curves[method] = torch.tensor(LEVELS), torch.tensor(inside)
+            bae.plots.coverage(axes, curves)
+            axes.set_title(f"{name}: isotonic, under the strongest {shift}")
         for axes, shift in zip(bottom, SHIFTS, strict=True):
             draw_shift(axes, records, name, methods, shift)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,10 +303,10 @@ def draw_shift(axes: Axes, records: report.Records, data: str, methods: Sequence
         for kind, style in (("none", "--"), ("variance", "-")):
             values = [
                 records.mean(data=data, method=method, setting=f"{shift} {strength}", metric=f"NLL, {kind}")
-                for strength in range(6)
+                for strength in range(N_STRENGTHS + 1)
             ]
             label = method if kind == "variance" else None
-            axes.plot(range(6), values, style, marker=".", color=f"C{number}", label=label)
+            axes.plot(range(N_STRENGTHS + 1), values, style, marker=".", color=f"C{number}", label=label)
     axes.set(title=f"{shift}: dashed as it is, solid variance scaled", xlabel="strength (0: unshifted)")
     axes.set_ylabel("NLL (nats a pixel)")
     axes.legend(frameon=False, fontsize="small")
@@ -323,7 +336,7 @@ def main() -> None:
         of_data = report.Records([row for row in records.rows if row.data == config.data])
         columns = [*shown, "ENCE", "AUSE", "quantile error", "PIT error"]
         print(report.table(of_data, metrics=columns, settings=list(RECALIBRATIONS)), end="\n\n")
-        settings = [f"{shift} {strength}" for shift in SHIFTS for strength in range(6)]
+        settings = [f"{shift} {strength}" for shift in SHIFTS for strength in range(N_STRENGTHS + 1)]
         for metric in ("NLL, none", "NLL, variance", "coverage 90, isotonic"):
             print(
                 metric,
