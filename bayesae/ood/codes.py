@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -14,8 +15,9 @@ from bayesae import random
 from bayesae.data import check_counts
 from bayesae.draws import Draws
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
-from bayesae.functional import check_finite
+from bayesae.functional import at_least_float32, check_finite
 from bayesae.lazy import import_zuko
+from bayesae.ood._checks import as_tensor
 
 __all__ = ["CodeFlow", "Mahalanobis", "code_covariance", "code_variance", "code_volume"]
 
@@ -123,7 +125,7 @@ class Mahalanobis:
     factor: Tensor
 
     @classmethod
-    def fit(cls, codes: Tensor, labels: Tensor | None = None) -> Mahalanobis:
+    def fit(cls, codes: Tensor | np.ndarray, labels: Tensor | np.ndarray | None = None) -> Mahalanobis:
         """Fit to familiar codes.
 
         Args:
@@ -134,27 +136,30 @@ class Mahalanobis:
             The fitted score.
 
         Raises:
-            DataError: If there are too few codes for a covariance of full rank, or another number of labels.
+            ShapeError: If codes are not (N, Z) with N and Z of at least 1.
+            DataError: If there is another number of labels, or codes within classes do not span all dimensions: they
+                are too few, or in some direction move less than ten times what the rounding of their own dtype does.
             NonFiniteError: If a code is not finite.
 
         Exact when: codes are Normal with this covariance in each class, in the limit of many.
         """
-        codes = _checked(codes)
-        classes = torch.zeros(len(codes), dtype=torch.long) if labels is None else torch.as_tensor(labels)
+        codes, eps = _checked(codes)
+        classes = torch.zeros(len(codes), dtype=torch.long) if labels is None else as_tensor(labels)
         if classes.shape != (len(codes),):
             raise DataError(f"{len(codes)} labels", f"shape {tuple(classes.shape)}", "One for every code.")
         kinds, index = classes.to(codes.device).unique(return_inverse=True)
         means = torch.stack([codes[index == c].mean(0) for c in range(len(kinds))])
         centred = codes - means[index]
         covariance = centred.T @ centred / max(1, len(codes) - len(kinds))
-        factor, info = torch.linalg.cholesky_ex(covariance)
-        if int(info) or not bool(factor.isfinite().all()):
-            got = f"{len(codes)} codes of rank {int(torch.linalg.matrix_rank(covariance))} in {len(kinds)} classes"
-            fix = "Give more rows, or leave out code dimensions that never move."
-            raise DataError(f"codes that span all {codes.shape[1]} dimensions", got, fix)
-        return cls(means, factor)
+        check_finite({"covariance": covariance}, "covariances", "Divide the codes by their size.")
+        rank, n_latents = _rank(covariance, eps * codes.square().mean(0).sqrt()), codes.shape[1]
+        if rank < n_latents:
+            got = f"{len(codes)} codes of rank {rank} in {len(kinds)} classes"
+            fix = "Give more rows, or leave out code dimensions that never move or follow from the others."
+            raise DataError(f"codes that span all {n_latents} dimensions", got, fix)
+        return cls(means, torch.linalg.cholesky(covariance))
 
-    def __call__(self, latents: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor | np.ndarray) -> Tensor:
         """Score codes.
 
         Args:
@@ -162,8 +167,13 @@ class Mahalanobis:
 
         Returns:
             (B,), half the smallest squared distance, in standard deviations squared; the mean over draws.
+
+        Raises:
+            ShapeError: If codes are of another size.
+            DataError: If there are none.
+            NonFiniteError: If a code is not finite.
         """
-        _check_size(latents, self.means.shape[1])
+        latents = _scorable(latents, self.means.shape[1])
         # (..., C, Z): codes times classes, whitened
         difference = latents.double()[..., None, :] - self.means.to(latents.device)
         white = torch.linalg.solve_triangular(self.factor.to(latents.device), difference.mT, upper=False)
@@ -187,7 +197,7 @@ class CodeFlow:
     @classmethod
     def fit(
         cls,
-        codes: Tensor,
+        codes: Tensor | np.ndarray,
         *,
         hidden: Sequence[int] = (64, 64),
         n_transforms: int = 3,
@@ -203,7 +213,7 @@ class CodeFlow:
         spline's tails there are whatever its end knots are.
 
         Args:
-            codes: (N, Z), N of at least 10: a tenth is held out.
+            codes: (N, Z), N of at least 10: a tenth is held out. Its networks are of their dtype, float32 at least.
             hidden: Widths of its networks.
             n_transforms: Transformations, one after the other.
             epochs: Passes over the codes.
@@ -216,6 +226,7 @@ class CodeFlow:
             The fitted score.
 
         Raises:
+            ShapeError: If codes are not (N, Z) with N and Z of at least 1.
             DataError: If there are fewer than 10 codes, a dimension never moves, or a count is below 1.
             NonFiniteError: If a code is not finite.
 
@@ -226,17 +237,21 @@ class CodeFlow:
             | Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017)
         """
         check_counts(n_transforms=n_transforms, epochs=epochs, batch_size=batch_size)
-        codes = _checked(codes).float()
+        dtype = at_least_float32(as_tensor(codes)[:0]).dtype
+        dtype = dtype if dtype.is_floating_point else torch.float64
+        codes = _checked(codes)[0].to(dtype)
         loc, scale = codes.mean(0), codes.std(0, correction=0)
         if len(codes) < 10 or not bool((scale > 0).all()):
             got = f"{len(codes)} codes, {int((scale <= 0).sum())} dimensions that never move"
             raise DataError("at least 10 codes, all dimensions moving", got, "Give more rows, or Mahalanobis.")
-        with random.scope(seed, codes.device):
+        # a training of its own, whatever mode the caller is in; of copies, because inference tensors have no graph
+        with random.scope(seed, codes.device), torch.inference_mode(mode=False), torch.enable_grad():
+            loc, scale, codes = loc.clone(), scale.clone(), codes.clone()
             order = torch.randperm(len(codes))
             white = ((codes - loc) / scale)[order.to(codes.device)]
             held_out, rows = white[: len(codes) // 10], white[len(codes) // 10 :]
             flow = import_zuko().flows.MAF(codes.shape[1], transforms=n_transforms, hidden_features=tuple(hidden))
-            flow = flow.to(codes.device)
+            flow = flow.to(codes)
             optimiser = torch.optim.Adam(flow.parameters(), lr=learning_rate)
             best, kept = math.inf, None
             for _ in tqdm(range(epochs), unit="epoch", disable=None if progress is None else not progress):
@@ -255,7 +270,7 @@ class CodeFlow:
         return cls(flow.requires_grad_(requires_grad=False).eval(), loc, scale)
 
     @torch.no_grad()
-    def __call__(self, latents: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor | np.ndarray) -> Tensor:
         """Score codes.
 
         Args:
@@ -263,9 +278,14 @@ class CodeFlow:
 
         Returns:
             (B,), nats; the mean over draws.
+
+        Raises:
+            ShapeError: If codes are of another size.
+            DataError: If there are none.
+            NonFiniteError: If a code is not finite.
         """
-        _check_size(latents, len(self.loc))
-        white = (latents.float() - self.loc.to(latents.device)) / self.scale.to(latents.device)
+        latents = _scorable(latents, len(self.loc))
+        white = (latents.to(self.loc.dtype) - self.loc.to(latents.device)) / self.scale.to(latents.device)
         log_prob = self.flow().log_prob(white.reshape(-1, white.shape[-1])).reshape(white.shape[:-1])
         return _over_draws(self.scale.log().sum() - log_prob).to(latents.dtype)
 
@@ -284,13 +304,32 @@ def _over_draws(values: Tensor) -> Tensor:
     return values.reshape(-1, values.shape[-1]).mean(0)
 
 
-def _checked(codes: Tensor) -> Tensor:
-    if codes.dim() != 2 or len(codes) == 0:
-        raise ShapeError("codes (N, Z)", f"{tuple(codes.shape)}", "Take the mean over draws: latents.mean((0, 1)).")
-    check_finite({"codes": codes}, "codes", "Did the network diverge?")
-    return codes.detach().double()
+def _rank(covariance: Tensor, rounding: Tensor) -> int:
+    """Directions in which codes of this covariance (Z, Z) move by more than their rounding (Z,) and arithmetic's."""
+    deviation = covariance.diagonal().sqrt()
+    scales = torch.where(deviation > 0, deviation, 1.0)  # of correlations, so that units do not decide
+    eigenvalues, directions = torch.linalg.eigh(covariance / torch.outer(scales, scales))
+    noise = ((rounding / scales) ** 2) @ directions**2
+    least = torch.maximum(100 * noise, torch.tensor(10 * len(scales) * torch.finfo(covariance.dtype).eps).to(noise))
+    return int((eigenvalues > least).sum())
 
 
-def _check_size(latents: Tensor, n_latents: int) -> None:
-    if latents.dim() < 2 or latents.shape[-1] != n_latents:
-        raise ShapeError(f"codes (..., B, {n_latents})", f"{tuple(latents.shape)}", "Score codes of the same network.")
+def _checked(codes: Tensor | np.ndarray) -> tuple[Tensor, float]:
+    """Codes (N, Z) in float64, and the relative rounding of the dtype that they came in."""
+    given = as_tensor(codes).detach()
+    if given.dim() != 2 or not given.numel():
+        got, fix = f"{tuple(given.shape)}", "Take the mean over draws: latents.mean((0, 1))."
+        raise ShapeError("codes (N, Z) of at least one row and dimension", got, fix)
+    check_finite({"codes": given}, "codes", "Did the network diverge?")
+    return given.double(), torch.finfo(given.dtype if given.is_floating_point() else torch.float64).eps
+
+
+def _scorable(latents: Tensor | np.ndarray, n_latents: int) -> Tensor:
+    """Codes (..., B, Z) to score: some, all finite, of that size."""
+    given = as_tensor(latents)
+    if given.dim() < 2 or given.shape[-1] != n_latents:
+        raise ShapeError(f"codes (..., B, {n_latents})", f"{tuple(given.shape)}", "Score codes of the same network.")
+    if not given.numel():
+        raise DataError("at least one code", f"none, of shape {tuple(given.shape)}", "Score some rows.")
+    check_finite({"latents": given}, "codes", "Did the network diverge on these rows?")
+    return given if given.is_floating_point() else given.double()

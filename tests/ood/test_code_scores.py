@@ -86,10 +86,35 @@ class TestMahalanobis:
         assert_close(score(centres), torch.zeros(2, **F64))
         assert float(score(centres.mean(0, keepdim=True))) > 20
 
+    @pytest.mark.parametrize("offset", [0.0, 300.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("n", [20, 5000])
+    def test_a_dimension_that_follows_from_others_but_for_rounding(self, n, dtype, offset):
+        """In units of the codes' own dtype: what it has beyond the others by more than rounding counts."""
+        first, second, own = (torch.randn(n, 1, dtype=dtype) + offset for _ in range(3))
+        units = torch.tensor([1.0, 1e3, 1e-3], dtype=dtype)
+        follows = torch.cat([first, second, first + second], 1) * units
+        for codes in (follows, follows @ torch.randn(3, 3, dtype=dtype)):
+            with pytest.raises(bae.errors.DataError, match="span all 3 dimensions; got .* of rank 2 in 1 classes"):
+                ood.Mahalanobis.fit(codes)
+        own_share = 1e-4 * (1 + offset)
+        free = torch.cat([first, second, first + second + own_share * (own - offset)], 1) * units
+        distances = ood.Mahalanobis.fit(free)(free).double()
+        assert float(distances.mean()) == pytest.approx(1.5 * (n - 1) / n, rel=1e-2)  # the trace of the identity
+
+    def test_a_dimension_that_stands_still_somewhere(self):
+        codes = torch.randn(50, 2, **F64)
+        codes[:, 1] = 0.1
+        with pytest.raises(bae.errors.DataError, match="50 codes of rank 1 in 1 classes"):
+            ood.Mahalanobis.fit(codes)
+
     @pytest.mark.parametrize(
         ("codes", "labels", "match"),
         [
             (torch.ones(5, 2), None, "span all 2 dimensions"),
+            (torch.ones(0, 2), None, "at least one row"),
+            (torch.ones(5, 0), None, "at least one row"),
+            (torch.tensor([[1e200], [0.0], [-1e200]], **F64), None, "finite covariances"),
             (torch.randn(9, 2), torch.zeros(3), "9 labels"),
             (torch.full((5, 2), math.nan), None, "diverge"),
             (torch.randn(1, 1, 5, 2), None, "mean over draws"),
@@ -102,6 +127,19 @@ class TestMahalanobis:
     def test_codes_of_another_network(self):
         with pytest.raises(bae.errors.ShapeError, match="the same network"):
             ood.Mahalanobis.fit(torch.randn(9, 2))(torch.randn(3, 4))
+
+    def test_codes_that_cannot_be_scored(self):
+        flow = ood.CodeFlow.fit(torch.randn(20, 2), hidden=(4,), n_transforms=1, epochs=1)
+        for score in (ood.Mahalanobis.fit(torch.randn(20, 2)), flow):
+            with pytest.raises(bae.errors.DataError, match="at least one code; got none"):
+                score(torch.zeros(1, 3, 0, 2))
+            with pytest.raises(bae.errors.NonFiniteError, match="2 NaN or infinite values in 'latents'"):
+                score(torch.tensor([[0.0, math.nan], [math.inf, 0.0]]))
+
+    def test_arrays_and_whole_numbers(self):
+        codes, labels = torch.randint(0, 50, (40, 2)), torch.arange(40) % 2
+        expected = ood.Mahalanobis.fit(codes.double(), labels)(codes.double())
+        assert_close(ood.Mahalanobis.fit(codes.numpy(), labels.numpy())(codes.numpy()), expected)
 
 
 class TestCodeFlow:
@@ -123,6 +161,28 @@ class TestCodeFlow:
         codes, options = torch.randn(30, 2), {"hidden": (32,), "n_transforms": 1, "learning_rate": 3e-2, "seed": 0}
         few, many = (ood.CodeFlow.fit(codes, epochs=epochs, **options)(codes) for epochs in (10, 40))
         assert torch.equal(few, many)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=lambda v: f"default-{v}")
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    def test_fits_in_every_mode_and_default_dtype(self, mode, default, dtype):
+        options = {"hidden": (8,), "n_transforms": 1, "epochs": 30, "learning_rate": 5e-2, "seed": 0}
+        codes = 3 + 2 * torch.randn(300, 1, dtype=dtype)
+        before, usual, mode_before = torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
+        torch.set_default_dtype(default)
+        try:
+            with mode():
+                score = ood.CodeFlow.fit(codes.clone(), **options)
+                found = score(codes)
+            assert torch.is_grad_enabled() == mode_before
+            plain = ood.CodeFlow.fit(codes, **options)(codes)
+        finally:
+            torch.set_default_dtype(usual)
+        assert torch.equal(before, torch.get_rng_state())
+        assert torch.equal(found, plain) and found.dtype == dtype
+        assert {value.dtype for value in score.flow.state_dict().values() if value.is_floating_point()} == {dtype}
+        law = torch.distributions.Normal(codes.mean().double(), codes.std().double())
+        assert float((found + law.log_prob(codes.double())[:, 0]).abs().mean()) < 0.15
 
     def test_too_few_codes_or_a_dead_dimension(self):
         with pytest.raises(bae.errors.DataError, match="all dimensions moving"):
