@@ -1,8 +1,14 @@
-"""How good scores, predictives and chains are: detection, likelihood, calibration, sharpness, convergence."""
+"""How good scores, predictives and chains are: detection, likelihood, calibration, sharpness, convergence.
+
+By batches, exactly, pooled and by pixel: `CalibrationSums` (likelihood, CRPS, intervals, PIT, ENCE), `BinarySums`
+(Brier score, ECE) and `DrawSums` (CRPS and energy score of draws). What is an order of values (`sparsification`,
+`auroc` and its like) needs all of them.
+"""
 
 from bayesae.metrics.binary import BinaryCalibration, BinarySums, brier_score, ece
 from bayesae.metrics.chains import ess, split_rhat
 from bayesae.metrics.detection import Interval, aupr, auroc, bootstrap_interval, fpr_at_tpr
+from bayesae.metrics.draw_sums import DrawScores, DrawSums
 from bayesae.metrics.intervals import DeviationBins, IntervalCoverage, deviation_edges, ence, interval_coverage
 from bayesae.metrics.matched import matched_auroc
 from bayesae.metrics.pit import Atoms, QuantileCalibration, pit, quantile_calibration
@@ -19,6 +25,8 @@ __all__ = [
     "Calibration",
     "CalibrationSums",
     "DeviationBins",
+    "DrawScores",
+    "DrawSums",
     "Interval",
     "IntervalCoverage",
     "QuantileCalibration",
