@@ -276,9 +276,13 @@ def calibrations():
     methods = [scaling(), scaling("pixel", 3.0), calibration.Temperature(), calibration.Isotonic()]
     methods += [conformal(unit) for unit in ("pixel", "position", "image")]
     scores, groups = x.reshape(-1, 2), torch.arange(120) % 3
+    pixels = dataclasses.replace(moments, mean=moments.mean.sigmoid(), likelihood=bae.likelihoods.Bernoulli())
+    binary = calibration.IsotonicProbabilities(2.0)
     return [
         *methods,
         *(method.fit(moments, x, mask) for method in methods),
+        binary,
+        binary.fit(pixels, (x > 0).double(), mask),
         ood.ConformalCalibration.fit(scores[:, 0]),
         ood.ConformalCalibration.fit(scores[:, 0], groups, two_sided=True),
         ood.CombinedCalibration.fit(scores, "harmonic"),

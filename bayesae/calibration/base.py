@@ -84,6 +84,10 @@ class Recalibration(Protocol):
     def fit(self, moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Recalibrated:
         r"""Fit on rows that trained nothing and test nothing, and the predictive's moments there.
 
+        One call has all rows: quantiles, and the search for a temperature, are no sums over batches.
+        ``predictive.moments(x, chunk_size=...)`` makes moments of any number of rows chunk by chunk, from a loader too,
+        and keeps five numbers a pixel.
+
         Args:
             moments: Of the predictive at x.
             x: Rows that trained nothing, (N, \*data).
@@ -97,7 +101,8 @@ class Recalibration(Protocol):
             DataError: If nothing was observed, or a variance is not positive.
             NonFiniteError: If an observed error or its variance is not finite.
             ShapeError: If x or the mask do not fit the moments.
-            UnsupportedError: If the likelihood's mean settles its law (binary and nominal data).
+            UnsupportedError: If the likelihood's mean settles its law (binary and nominal data);
+                `IsotonicProbabilities` is for binary pixels.
         """
         ...
 
@@ -128,15 +133,9 @@ def errors_of(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarra
         raise UnsupportedError(
             "numbers with a variance of their own",
             f"{type(moments.likelihood).__name__}, whose law the mean settles",
-            "Hold probabilities against metrics.ece and brier_score.",
+            "Bernoulli pixels are for IsotonicProbabilities; metrics.ece and brier_score measure probabilities.",
         )
-    rows = fitted_rows(x, moments.mean.shape, moments.mean)
-    is_observed = torch.ones_like(rows, dtype=torch.bool)
-    if mask is not None:
-        is_observed = fitted_mask(mask, moments.mean.shape).to(rows.device)
-    if not bool(is_observed.any()):
-        got = "none" if rows.numel() == 0 else "rows of which nothing was observed"
-        raise DataError("at least one calibration row", got, "Hold rows out of the training data.")
+    rows, is_observed = observed_rows(moments, x, mask)
     error, var = (part.detach().double() for part in (rows - moments.mean, moments.total))
     error, var = torch.where(is_observed, error, 0.0), torch.where(is_observed, var, 1.0)
     check_finite({"x - mean": error, "variance": var}, "errors and variances", "Give a mask of what is missing.")
@@ -145,6 +144,18 @@ def errors_of(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarra
         got = f"{n_zero} of {var.numel()} that are not"
         raise DataError("positive predictive variances", got, "Give the likelihood noise, or leave those pixels out.")
     return Errors(error, var, is_observed)
+
+
+def observed_rows(moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None) -> tuple[Tensor, Tensor]:
+    r"""Calibration rows as the moments know them, and which numbers were observed: some, (N, \*data) each."""
+    rows = fitted_rows(x, moments.mean.shape, moments.mean)
+    is_observed = torch.ones_like(rows, dtype=torch.bool)
+    if mask is not None:
+        is_observed = fitted_mask(mask, moments.mean.shape).to(rows.device)
+    if not bool(is_observed.any()):
+        got = "none" if rows.numel() == 0 else "rows of which nothing was observed"
+        raise DataError("at least one calibration row", got, "Hold rows out of the training data.")
+    return rows, is_observed
 
 
 def _is_settled_by_mean(likelihood: Likelihood) -> bool:
