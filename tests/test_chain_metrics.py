@@ -104,3 +104,7 @@ def test_bad_chains_are_refused(measure):
         measure(torch.randn(4, 3))
     with pytest.raises(errors.NonFiniteError, match="chain"):
         measure(torch.full((2, 5), torch.nan))
+    with pytest.raises(errors.ShapeError, match="M >= 4"):
+        measure(torch.zeros(2, 5, 0))
+    values = torch.randn(2, 9, 3)
+    assert torch.equal(measure(values.numpy()), measure(values.requires_grad_()))

@@ -103,6 +103,12 @@ def test_intervals_that_are_none_are_refused():
         metrics.bootstrap_interval(metrics.auroc, familiar[:0], strange)
     with pytest.raises(bae.errors.ShapeError, match="scores of rows"):
         metrics.bootstrap_interval(metrics.auroc, familiar[0], strange)
+    with pytest.raises(bae.errors.NonFiniteError, match="a metric that is finite; got 3 of 3"):
+        metrics.bootstrap_interval(lambda a, b: math.nan, familiar, strange, n_resamples=2)
+    with pytest.raises(bae.errors.DataError, match="both kinds; got none"):
+        metrics.pixel_auroc_interval(scores[:0], masks[:0])
+    found = metrics.bootstrap_interval(lambda a, b: b.mean() - a.mean(), familiar, strange.requires_grad_())
+    assert all(isinstance(number, float) for number in found)
 
 
 @pytest.mark.parametrize("bad", [(torch.zeros(0), torch.ones(2)), (torch.tensor([torch.nan]), torch.ones(2))])

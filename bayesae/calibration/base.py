@@ -74,6 +74,7 @@ class Recalibrated(ABC):
             DataError: If the level is not in (0, 1), or finer than the calibration rows can tell.
             ShapeError: As for a call.
         """
+        check_level(level)
         return self.quantile(moments, (1 - level) / 2), self.quantile(moments, (1 + level) / 2)
 
 
@@ -203,4 +204,4 @@ def at_deviations(moments: Moments, deviations: Tensor) -> Tensor:
 def normal_quantile(level: float) -> Tensor:
     """Quantile of the standard Normal law, ()."""
     check_level(level)
-    return torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
+    return torch.special.ndtri(torch.tensor(float(level), dtype=torch.float64))

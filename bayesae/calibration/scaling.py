@@ -73,7 +73,8 @@ class VarianceScaling:
     Cost: one pass over the values.
 
     Raises:
-        DataError: If ``n_prior`` is negative; from a fit if all errors that decide a factor are 0, or none does.
+        DataError: If ``n_prior`` is negative or not finite; from a fit if all errors that decide a factor are 0, or
+            none does.
         UnsupportedError: If ``by`` is another word.
 
     References:
@@ -86,7 +87,7 @@ class VarianceScaling:
 
     def __post_init__(self) -> None:
         check_choice("by", self.by, get_args(By))
-        if not self.n_prior >= 0:
+        if not 0 <= self.n_prior < float("inf"):
             raise DataError("n_prior of 0 or more", f"{self.n_prior}", "It counts rows.")
 
     def fit(self, moments: Moments, x: Tensor | np.ndarray, mask: Tensor | np.ndarray | None = None) -> Rescaled:
@@ -94,6 +95,8 @@ class VarianceScaling:
         error, var, is_observed = errors_of(moments, x, mask)
         squares = error**2 / var
         factor = squares.sum() / is_observed.sum()
+        if not bool(factor > 0):
+            raise DataError("errors that are not all 0", "no other", "Are these rows the predictive's own means?")
         if self.by == "pixel":
             factor = (self.n_prior * factor + squares.sum(0)) / (self.n_prior + is_observed.sum(0, dtype=torch.float64))
         if not bool((factor > 0).all()):

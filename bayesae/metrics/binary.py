@@ -190,6 +190,7 @@ def _is_wrong(mean: Tensor, x: Tensor) -> Tensor:
 
 def _of_one_shape(mean: Numbers, x: Numbers) -> tuple[Tensor, Tensor]:
     mean = tensor_of(mean)
+    mean = mean.float() if mean.dtype == torch.bool else mean
     x = tensor_of(x, mean)
     if mean.shape != x.shape:
         raise ShapeError("probabilities and pixels of one shape", f"{tuple(mean.shape)}, {tuple(x.shape)}", "Reshape.")

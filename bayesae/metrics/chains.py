@@ -33,7 +33,7 @@ def split_rhat(values: Numbers) -> Tensor:
     Cost: two passes over the values.
 
     Raises:
-        ShapeError: If there are fewer than four draws.
+        ShapeError: If there are fewer than four draws, no chains, or no numbers.
         NonFiniteError: If a value is not finite.
 
     References:
@@ -68,7 +68,7 @@ def ess(values: Numbers) -> Tensor:
     Cost: a Fourier transform along the chains.
 
     Raises:
-        ShapeError: If there are fewer than four draws.
+        ShapeError: If there are fewer than four draws, no chains, or no numbers.
         NonFiniteError: If a value is not finite.
 
     References:
@@ -93,7 +93,7 @@ def ess(values: Numbers) -> Tensor:
 def _halves(values: Numbers) -> Tensor:
     """(C, M, ...) to (2 C, M // 2, ...) in float64."""
     values = tensor_of(values).detach()
-    if values.dim() < 2 or values.shape[0] < 1 or values.shape[1] < 4:
+    if values.dim() < 2 or values.numel() == 0 or values.shape[1] < 4:
         fix = "Keep more draws; posterior.by_chain puts them in this shape."
         raise ShapeError("values (C, M, ...) with M >= 4 draws of each chain", f"{tuple(values.shape)}", fix)
     check_finite({"values": values}, "values of the draws", "Has a chain diverged?")

@@ -144,6 +144,7 @@ def bootstrap_interval(
         ShapeError: If scores have no rows.
         DataError: If a kind has no score, the level is not in (0, 1), or ``n_resamples`` is below 1; and what the
             metric raises.
+        NonFiniteError: If the metric is not finite, of the rows or of a resample.
     """
     check_resampling(level, n_resamples)
     familiar, strange = (tensor_of(scores).detach().cpu() for scores in (familiar, strange))
@@ -155,9 +156,13 @@ def bootstrap_interval(
     def resample(scores: Tensor) -> Tensor:
         return scores[torch.randint(len(scores), (len(scores),), generator=generator)]
 
-    values = [metric(resample(familiar), resample(strange)) for _ in range(n_resamples)]
+    value = float(metric(familiar, strange))
+    values = [float(metric(resample(familiar), resample(strange))) for _ in range(n_resamples)]
+    n_wrong = int((~np.isfinite([value, *values])).sum())
+    if n_wrong:
+        raise NonFiniteError("a metric that is finite", f"{n_wrong} of {n_resamples + 1} that are not", "Look at it.")
     low, high = np.quantile(values, ends(level))
-    return Interval(metric(familiar, strange), float(low), float(high))
+    return Interval(value, float(low), float(high))
 
 
 def ends(level: float) -> list[float]:

@@ -71,7 +71,7 @@ def interval_coverage(
     Raises:
         ShapeError: If shapes differ.
         DataError: If a level is not in (0, 1), there are no values, or values outside the atoms' range.
-        NonFiniteError: If a standardised error is not finite.
+        NonFiniteError: If a standardised error or a variance is not finite.
     """
     levels = checked_levels(levels)
     mean, var, x = checked(mean, var, x, atoms)
@@ -175,7 +175,7 @@ def ence(
     Raises:
         ShapeError: If shapes differ.
         DataError: If there are no values, or edges do not rise.
-        NonFiniteError: If a standardised error is not finite.
+        NonFiniteError: If a standardised error or a variance is not finite.
 
     References:
         | Evaluating and Calibrating Uncertainty Prediction in Regression Tasks (Levi, Gispan, Giladi, Fetaya, 2022).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeVar, overload
 
@@ -29,7 +31,7 @@ class Atoms:
             ``low`` and ``high`` are levels. 0: they are not rounded.
 
     Raises:
-        DataError: If ``low`` is not below ``high`` or the width is negative.
+        DataError: If ``low`` is not below ``high``, one is not finite, or the width is negative or infinite.
     """
 
     low: float | None = None
@@ -37,8 +39,9 @@ class Atoms:
     bin_width: float = 0.0
 
     def __post_init__(self) -> None:
-        is_empty = self.low is not None and self.high is not None and not self.low < self.high
-        if is_empty or not self.bin_width >= 0:
+        ends = [end for end in (self.low, self.high) if end is not None]
+        is_empty = not all(first < second for first, second in itertools.pairwise([-math.inf, *ends, math.inf]))
+        if is_empty or not 0 <= self.bin_width < math.inf:
             raise DataError("low < high and a bin width of 0 or more", f"{self}", "Pixels of 8 bits: 0, 1, 1/255.")
 
     def is_outside(self, x: Tensor) -> Tensor:
@@ -75,7 +78,9 @@ def checked(mean: Numbers, var: Numbers | float, x: Numbers, atoms: Atoms) -> tu
     var = var.expand_as(x)
     if x.numel() == 0:
         raise DataError("at least one value", "none", "Give rows.")
-    check_finite({"(x - mean) / sd": (x - mean) / var.sqrt()}, "standardised errors", "Is a variance 0, or a mean NaN?")
+    # an infinite variance would have every error be none
+    named = {"(x - mean) / sd": (x - mean) / var.sqrt(), "var": var}
+    check_finite(named, "standardised errors and variances", "Is a variance 0, or a mean NaN?")
     n_outside = int(atoms.is_outside(x).sum())
     if n_outside:
         raise DataError(f"data in the range of {atoms}", f"{n_outside} outside of it", "Give the data's own range.")
@@ -112,7 +117,7 @@ def pit(mean: Numbers, var: Numbers | float, x: Numbers, *, atoms: Atoms = CONTI
     Raises:
         ShapeError: If shapes differ.
         DataError: If there are no values, or values outside the atoms' range.
-        NonFiniteError: If a standardised error is not finite.
+        NonFiniteError: If a standardised error or a variance is not finite.
 
     References:
         | Predictive Model Assessment for Count Data (Czado, Gneiting, Held, 2009)
@@ -198,7 +203,7 @@ def quantile_calibration(
     Raises:
         ShapeError: If shapes differ.
         DataError: If there are no values, values outside the atoms' range, or ``n_levels`` is below 1.
-        NonFiniteError: If a standardised error is not finite.
+        NonFiniteError: If a standardised error or a variance is not finite.
 
     References:
         | Accurate Uncertainties for Deep Learning Using Calibrated Regression (Kuleshov, Fenner, Ermon, 2018)

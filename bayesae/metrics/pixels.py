@@ -117,6 +117,8 @@ def pixel_auroc_interval(
         return float(found[0] - sum(found[1:]))
 
     n = len(masks)
+    if n == 0:
+        raise DataError("images with pixels of both kinds", "none", "Give images.")
     draws = (torch.randint(n, (n,), generator=generator).numpy() for _ in range(n_resamples))
     low, high = np.quantile([value(np.bincount(index, minlength=n)) for index in draws], ends(level))
     return Interval(value(np.ones(n)), float(low), float(high))

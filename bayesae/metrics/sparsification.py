@@ -76,7 +76,7 @@ def sparsification(
     Raises:
         ShapeError: If shapes differ.
         DataError: If there are fewer than two shares, fewer values than shares (rows, by pixel), or no error at all.
-        NonFiniteError: If a standardised error is not finite.
+        NonFiniteError: If a standardised error or a variance is not finite.
 
     References:
         | Uncertainty Estimates and Multi-Hypotheses Networks for Optical Flow (Ilg, Cicek, Galesso, Klein, Makansi,

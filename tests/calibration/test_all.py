@@ -62,6 +62,9 @@ class TestRecalibration:
             method.fit(moments, x[:5])
         with pytest.raises(bae.errors.DataError, match=r"a level in \(0, 1\)"):
             method.fit(moments, x).quantile(moments, 95.0)
+        for level in (95.0, 1.0, 0.0, -0.5, math.nan):  # a level of -0.5 was an interval whose ends had changed places
+            with pytest.raises(bae.errors.DataError, match=rf"a level in \(0, 1\); got {level}\."):
+                method.fit(moments, x).interval(moments, level)
 
     @pytest.mark.parametrize("name", ["Bernoulli", "ContinuousBernoulli", "Mixed"])
     def test_laws_that_the_mean_settles_are_refused(self, method, name):

@@ -51,8 +51,12 @@ class TestVarianceScaling:
         moments, x = normal(50)
         with pytest.raises(bae.errors.DataError, match="errors that are not all 0"):
             VarianceScaling("pixel", 0).fit(moments, torch.where(torch.arange(3) == 1, moments.mean, x))
-        with pytest.raises(bae.errors.DataError, match="n_prior of 0"):
-            VarianceScaling(n_prior=-1)
+        for by in ("all", "pixel"):
+            with pytest.raises(bae.errors.DataError, match="errors that are not all 0; got no other"):
+                VarianceScaling(by).fit(moments, moments.mean)
+        for wrong in (-1, math.inf, math.nan):
+            with pytest.raises(bae.errors.DataError, match="n_prior of 0"):
+                VarianceScaling(n_prior=wrong)
         with pytest.raises(bae.errors.UnsupportedError, match="by, one of .*; got 'image'"):
             VarianceScaling("image")
         fitted = VarianceScaling("pixel").fit(moments, x)

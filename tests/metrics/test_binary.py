@@ -116,6 +116,7 @@ def test_single_precision_and_columns_in_any_order_in_memory():
 
 def test_truth_values_and_arrays_are_pixels():
     p, x = pixels(50)
+    assert metrics.brier_score(x.bool(), x.bool()).sum() == metrics.ece(x.bool(), x).error == 0
     p = p.requires_grad_()
     for given in (x.bool(), x.bool().numpy(), x.int(), x.numpy()):
         assert_close(metrics.brier_score(p, given), metrics.brier_score(p, x))

@@ -148,5 +148,12 @@ def test_what_is_refused():
         metrics.quantile_calibration(mean, var, x, n_levels=0)
     with pytest.raises(bae.errors.DataError, match="low < high"):
         Atoms(1.0, 0.0)
-    with pytest.raises(bae.errors.DataError, match="bin width"):
-        Atoms(bin_width=-1.0)
+    for width in (-1.0, math.inf, math.nan):
+        with pytest.raises(bae.errors.DataError, match="bin width"):
+            Atoms(bin_width=width)
+    for low, high in ((math.nan, None), (None, math.nan), (0.0, math.nan), (-math.inf, 1.0)):
+        with pytest.raises(bae.errors.DataError, match="low < high"):
+            Atoms(low, high)
+    for measure in (metrics.pit, metrics.interval_coverage, metrics.ence):  # no error were left of any
+        with pytest.raises(bae.errors.NonFiniteError, match="in 'var'"):
+            measure(mean, math.inf, x)
