@@ -57,8 +57,9 @@ def batch_typicality(
     Returns:
         Statistics and p-values, float64 on the CPU; none is below 1 / (R + 1).
 
-    Exact when: with "permutation", a batch and the calibration rows are exchangeable: P(p <= a) <= a for every B, n and
-        R, with equality at a = k / (R + 1) but for ties.
+    Exact when: with "permutation", a batch and the calibration rows are exchangeable and the scores come from the same
+        weight draws (give the predictive one seed): P(p <= a) <= a for every B, n and R, with equality at
+        a = k / (R + 1) but for ties.
     Biased when: with "bootstrap", B is not small beside n: the calibration's own mean is taken as known, where the
         variance of T's difference is 1 + B / n times that, so that false alarms are too frequent. P-values of several
         batches share the calibration rows and are not independent.

@@ -1,7 +1,15 @@
 """Thresholds and p-values whose false-alarm rate holds for any score and any number of calibration rows.
 
-All of it rests on one assumption: a row to be judged and the calibration rows are *exchangeable* (every order of them
-is equally probable). Calibration rows are therefore rows that neither weights nor noise were fitted on.
+All of it rests on one assumption: the score of a row to be judged and those of the calibration rows are *exchangeable*
+(every order of them is equally probable). Calibration rows are therefore rows that neither weights nor noise were
+fitted on, and **all rows are scored under the same weight draws**: give the predictive one seed, in the call for the
+calibration rows and in every later one. Draws of its own make the scores of a call larger or smaller as a whole: the
+`code_variance` of 8 draws then raises three to four times the alarms at 1 %, and one run in a hundred takes more than
+40 % of familiar rows as strange at 5 %.
+
+With one seed the noise of a stochastic code is shared by rows in one place of their calls. For two calls of many rows
+this moves a rate by less than 1 / n, n calibration rows; where new rows come one by one, score the calibration rows one
+by one as well, or take so many code draws that their noise does not matter.
 """
 
 from __future__ import annotations
@@ -36,7 +44,8 @@ def threshold(scores: Tensor | np.ndarray, rate: float) -> float:
     Returns:
         The threshold, units of the score; alarm where a score is *greater*.
 
-    Exact when: rows are exchangeable and no two scores are equal; with ties the rate is smaller.
+    Exact when: rows are exchangeable, no two scores are equal, and the scores come from the same weight draws: give the
+        predictive one seed. With ties the rate is smaller.
     Biased when: read as the rate *given these* calibration rows. That one is a random number with the law
         Beta(k, n + 1 - k), whose mean is the rate above: of 1,000 rows at 5 % its standard deviation is 0.7 %.
     Cost: one selection.
@@ -71,8 +80,9 @@ class ConformalCalibration:
         by_group: Sorted calibration scores (n,) by group, as `fit` makes them; one key, None, without groups.
         is_two_sided: Whether low scores are strange too.
 
-    Exact when: the row and the calibration rows are exchangeable: :math:`P(p \le a) \le a` for every a, with
-        equality at a = k / (n + 1) if no two scores are equal; :math:`\tilde p` is uniform on [0, 1], ties or not.
+    Exact when: the row and the calibration rows are exchangeable and the scores come from the same weight draws (give
+        the predictive one seed): :math:`P(p \le a) \le a` for every a, with equality at a = k / (n + 1) if no two
+        scores are equal; :math:`\tilde p` is uniform on [0, 1], ties or not.
     Biased when: p-values of several rows are taken as independent: they share the calibration rows. The share of them
         below a given these is Beta distributed around a (see `threshold`). `DriftMonitor` makes independent ones.
     Cost: one sort, then a bisection a row.
@@ -201,8 +211,8 @@ class CombinedCalibration:
         rule: How T is made: "fisher" where several scores see the same strangeness a little, "minimum" where one of
             them sees it clearly, "harmonic" between the two.
 
-    Exact when: the row and all calibration rows are exchangeable: P(p <= a) <= a, whatever the dependence
-        between scores.
+    Exact when: the row and all calibration rows are exchangeable and the scores come from the same weight draws (give
+        the predictive one seed): P(p <= a) <= a, whatever the dependence between scores.
     Cost: J + 1 sorts; half the calibration rows, and so half the resolution of p.
 
     References:

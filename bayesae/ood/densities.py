@@ -183,7 +183,8 @@ def typicality(scores: Tensor | np.ndarray, familiar: Tensor | np.ndarray) -> Te
     Returns:
         (B,), in the scores' unit, dtype (float64 of whole numbers) and device; it passes their gradient on.
 
-    Exact when: always, as a function of the scores.
+    Exact when: always, as a function of the scores. As a distance between rows it asks for scores from the same weight
+        draws: give the predictive one seed.
     Biased when: N is small: the standard error of the mean is that of N scores.
 
     Raises:

@@ -71,16 +71,22 @@ class DriftMonitor:
 
     An alarm is a value of 1 / level or more. For the martingale that happens *ever* with probability ``level`` at most
     (Ville's inequality); it is for a stream that ends. The others restart their evidence and raise false alarms again
-    and again, once in 1 / level rows or less often in the mean (:math:`R_t - t` is a martingale, and
+    and again, the first of them after 1 / level rows or more in the mean (:math:`R_t - t` is a martingale, and
     :math:`C_t \le R_t`), so that n rows see one with probability n level at most; they are for a stream that goes on.
 
+    **The default level of 0.01 is made for the martingale.** For "shiryaev-roberts" it means one false alarm in about a
+    hundred rows, so that nearly every familiar stream of 200 has one. Where n rows are to see any false alarm with a
+    chance of alpha at most, these two need level = alpha / n.
+
     Args:
-        level: In (0, 1): chance of any false alarm (martingale), or one over the rows between two (the others).
+        level: In (0, 1): chance of any false alarm (martingale), or one false alarm in 1 / level rows (the others).
         statistic: Which of the three.
         bet: How to bet: `SimpleJumper` or `PowerMixture`.
 
     Exact when: the bounds on false alarms are, for every length of stream and any score, while calibration rows and
-        stream are exchangeable. They are bounds: the usual run length is longer.
+        stream are exchangeable and the scores come from the same weight draws: give the predictive one seed. For
+        "shiryaev-roberts" the bound is all but reached: the mean run length is the statistic's mean at the alarm, 1 /
+        level and the little that its last row adds. The martingale and CUSUM alarm less often than their bounds.
     Biased when: the model is fitted again on the stream, or rows of one stream hang together (video): familiar streams
         then drift too. Long after a change the past contains the drift and evidence grows no further.
     Cost: a row costs a bisection and a comparison with up to 1,024 others; memory and each update grow

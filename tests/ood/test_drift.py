@@ -195,6 +195,32 @@ def test_false_alarms_among_n_rows(statistic):
         assert int((ever >= -math.log(level)).sum()) <= stats.binom.ppf(0.99, 2000, 50 * level)
 
 
+@pytest.mark.parametrize("bet", [SimpleJumper(), PowerMixture()], ids=str)
+def test_the_run_length_of_shiryaev_roberts_is_little_above_one_over_the_level(bet):
+    """Optional stopping: its mean is that of the statistic at the alarm, at or above 20 at a level of 0.05."""
+    path = DriftMonitor(0.05, "shiryaev-roberts", bet).log_statistics(uniform(2000, 400))
+    first = (path >= math.log(20)).int().argmax(1)
+    assert bool((path.amax(1) >= math.log(20)).all())
+    length, statistic = (first + 1).double(), path[torch.arange(2000), first].exp()
+    apart = length - statistic
+    assert abs(float(apart.mean())) < 4 * float(apart.std()) / math.sqrt(2000)
+    error = float(length.std()) / math.sqrt(2000)
+    assert 20 - 2.6 * error <= float(length.mean()) <= 1.25 * 20 + 2.6 * error
+    assert float(statistic.min()) >= 20
+
+
+def test_the_default_level_is_made_for_the_martingale():
+    """Familiar streams of 200 rows: nearly all alarm with Shiryaev-Roberts, unless the level is a chance over rows."""
+    p = uniform(1000, 200)
+    ever = {name: DriftMonitor(statistic=name).log_statistics(p).amax(1) for name in STATISTICS}
+    default = DriftMonitor().log_limit
+    assert float((ever["shiryaev-roberts"] >= default).double().mean()) > 0.95
+    assert int((ever["martingale"] >= default).sum()) <= stats.binom.ppf(0.99, 1000, 0.01)
+    for name in ("cusum", "shiryaev-roberts"):
+        alarms = int((ever[name] >= DriftMonitor(0.05 / 200, name).log_limit).sum())
+        assert alarms <= stats.binom.ppf(0.99, 1000, 0.05)
+
+
 def test_the_shiryaev_roberts_statistic_grows_by_one_a_row_in_the_mean():
     values = DriftMonitor(statistic="shiryaev-roberts").log_statistics(uniform(20_000, 15))[:, -1].exp()
     assert abs(float(values.mean()) - 15) < 4 * float(values.std()) / math.sqrt(20_000)
