@@ -115,8 +115,8 @@ def selective_threshold(
     Returns:
         `SelectiveThreshold`.
 
-    Exact when: rows are independent and new ones come from the same law: the promise holds for every N and every score.
-        (Scores may have ties.)
+    Exact when: rows are independent, new ones come from the same law, and their scores from the same weight draws (give
+        the predictive one seed): the promise holds for every N and every score. (Scores may have ties.)
     Biased when: never too bold, but cautious: the confidence is shared out evenly over the thresholds.
     Cost: one sort.
 
