@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bayesae.draws import Moments, concatenate_rows
-from bayesae.imputation.base import Found, joined
+from bayesae.imputation.base import Found, joined, shares
 from bayesae.imputation.record import Imputations
 from bayesae.types import Batch, Likelihood
 
@@ -47,7 +47,7 @@ def merged(found: Found | None, prior: Found | None, observed: Tensor) -> Found:
 
 
 def assembled(
-    pieces: Sequence[tuple[Likelihood, Found]], rows: Batch, has_noise: bool, n_atoms: int | None
+    pieces: Sequence[tuple[Likelihood, Found]], rows: Batch, has_noise: bool, n_atoms: int | None, n_draws: int
 ) -> Imputations:
     """Draws, moments and figures of some rows.
 
@@ -56,6 +56,7 @@ def assembled(
         rows: The rows, with a mask.
         has_noise: Whether missing entries are drawn, or set to their means.
         n_atoms: Number of particles that the weights have, or None.
+        n_draws: M, at most S K: how many draws are kept. Moments and figures are of all S K codes.
 
     Returns:
         The record.
@@ -75,7 +76,11 @@ def assembled(
             draws.append(means[-1].to(x))
     found = joined([one for _, one in pieces])
     n_codes, n_weights = found.outputs.shape[:2]
-    drawn = torch.where(mask, x, torch.cat(draws, 1)).transpose(0, 1).flatten(0, 1)
+    drawn = torch.where(mask, x, torch.cat(draws, 1)).transpose(0, 1)
+    if n_draws < n_codes * n_weights:
+        drawn = torch.cat([some[:n] for some, n in zip(drawn, shares(n_draws, n_weights), strict=True)])
+    else:
+        drawn = drawn.flatten(0, 1)
     mean, code, weights = split_variance(torch.cat(means, 1))
     noise = torch.cat(variances, 1).mean((0, 1)) * float(has_noise)
     ess = found.ess.sum(0).to(x)

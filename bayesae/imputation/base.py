@@ -17,7 +17,7 @@ from bayesae.metrics import ess, split_rhat
 from bayesae.predictive import Predictive
 from bayesae.types import Batch, Params
 
-__all__ = ["DrawsCodes", "Found", "Method", "Problem", "diagnose", "joined", "picks"]
+__all__ = ["DrawsCodes", "Found", "Method", "Problem", "diagnose", "joined", "picks", "shares"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,20 @@ def joined(parts: Sequence[Found]) -> Found:
     axes = {name: 1 if name == "outputs" else 0 for name in named}
     cat = {name: None if part[0] is None else torch.cat(part, axes[name]) for name, part in named.items()}
     return Found(**cat)  # pyright: ignore[reportArgumentType]
+
+
+def shares(n_draws: int, n_weight_draws: int) -> list[int]:
+    """How many of M draws each of S weight draws has: M / S rounded down or up, those with one less evenly between.
+
+    Args:
+        n_draws: M.
+        n_weight_draws: S.
+
+    Returns:
+        S numbers whose sum is M.
+    """
+    ends = [n_draws * s // n_weight_draws for s in range(n_weight_draws + 1)]
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
 
 
 def picks(n_codes: int, n_chains: int, n_steps: int) -> tuple[Tensor, Tensor]:

@@ -63,10 +63,13 @@ def impute(
         method: How codes are drawn: `FixedPoint`, `PseudoGibbs`, `MetropolisGibbs`, `ImportanceResampling`,
             `CodeLaplace`, `CodeHMC`. None: ``FixedPoint(noise=True)`` for a plain encoder, whose code has no law;
             else ``ImportanceResampling(proposal=codes.Laplace())``.
-        n_draws: M = S K.
-        n_weight_draws: S, which must divide M. None: all particles once if their number divides M; of a continuous
-            posterior a fifth of M, or the nearest smaller number that divides it; M where codes are points, or
-            nothing else does.
+        n_draws: M, how many draws are kept.
+        n_weight_draws: S, which must divide M; each has K = M / S codes. None: all particles once, or M of them if
+            there are more; of a continuous posterior a fifth of M (M below 10), rounded so that S divides M where that
+            can be, or M where codes are points. K is M / S then, rounded up, and 2 at least where codes are drawn, for
+            code and weights to be told apart in the moments, which are of all S K codes; of the draws the M are kept
+            that come as evenly as may be from the weight draws. K = 1 is left to as many draws as particles, and to
+            an S of M that was asked for.
         seed: The same seed gives the same bits; the caller's generators are put back. None advances them.
         chunk_size: Network rows in one call, 32,768 if None; it changes memory, and which random numbers a row gets.
         keep_draws: Whether the record keeps its draws. False is for many rows of which mean and variance are wanted,
@@ -106,18 +109,17 @@ def impute(
     if isinstance(method, type) or not isinstance(method, Method):
         fix = "Give an object, method=bae.imputation.CodeHMC() say."
         raise UnsupportedError("a method of imputation, or None", repr(method)[:80], fix)
-    n_weights = _n_weight_draws(predictive, method, n_draws, n_weight_draws)
-    n_codes = n_draws // n_weights
+    n_weights, n_codes = _numbers(predictive, method, n_draws, n_weight_draws)
     rows = incomplete_rows(predictive, x, mask)
     size = _AT_ONCE if chunk_size is None else chunk_size
-    n_calls = max(method.n_parallel(n_codes, n_weights), n_draws)
+    n_calls = max(method.n_parallel(n_codes, n_weights), n_codes * n_weights)
     with random.scope(seed, rows.x.device):
         blocks, parts = list(predictive._weight_blocks(n_weights, n_codes, size)), []
         for batch in chunks(rows, n_calls, size):
-            part = _imputed(blocks, batch, method, n_codes, predictive.weights.n_atoms)
+            part = _imputed(blocks, batch, method, n_codes, predictive.weights.n_atoms, n_draws)
             parts.append(part if keep_draws else replace(part, draws=part.draws.new_empty(0, *part.draws.shape[1:])))
     result = concatenated(parts)
-    _warn(result, rows_observed(rows), method, n_draws)
+    _warn(result, rows_observed(rows), method, n_codes * n_weights)
     return result
 
 
@@ -158,24 +160,31 @@ def rows_observed(rows: Batch) -> Tensor:
     return rows.mask.flatten(1).any(1)
 
 
-def _n_weight_draws(predictive: Predictive, method: Method, n_draws: int, given: int | None) -> int:
+def _numbers(predictive: Predictive, method: Method, n_draws: int, given: int | None) -> tuple[int, int]:
+    """S and K, of which M are kept."""
     if given is not None:
         check_counts(n_weight_draws=given)
         if n_draws % given:
             fix = "Give n_draws= a multiple of it."
             raise DataError(f"n_weight_draws that divides the {n_draws} draws", f"{given}", fix)
-        return given
+        return given, n_draws // given
     n_atoms = predictive.weights.n_atoms
+    if n_atoms is not None and n_draws % n_atoms == 0:
+        return n_atoms, n_draws // n_atoms
     if n_atoms is not None:
-        return n_atoms if n_draws % n_atoms == 0 else n_draws
-    if not method.draws_codes:
-        return n_draws
-    most = n_draws // _CODES
-    n = max((n for n in range(1, most + 1) if n_draws % n == 0), default=1)
-    return n if 2 * n >= most and n > 1 else n_draws
+        n = min(n_atoms, n_draws)
+    elif not method.draws_codes or n_draws < 2 * _CODES:
+        n = n_draws
+    else:
+        most = n_draws // _CODES
+        n = max(n for n in range(1, most + 1) if n_draws % n == 0)
+        n = n if 2 * n >= most and n > 1 else -(-n_draws // _CODES)
+    return n, max(-(-n_draws // n), 2 if method.draws_codes else 1)
 
 
-def _imputed(blocks: Sequence[Block], rows: Batch, method: Method, n_codes: int, n_atoms: int | None) -> Imputations:
+def _imputed(
+    blocks: Sequence[Block], rows: Batch, method: Method, n_codes: int, n_atoms: int | None, n_draws: int
+) -> Imputations:
     """Some rows under all weight draws; those without an observed entry from the prior of the code."""
     observed = rows_observed(rows)
     known, unknown = (_selected(rows, chosen) for chosen in (observed, ~observed))
@@ -185,7 +194,7 @@ def _imputed(blocks: Sequence[Block], rows: Batch, method: Method, n_codes: int,
         prior = _from_prior(Problem(own, params, unknown, first), n_codes) if len(unknown.x) else None
         pieces.append((own.model.likelihood, merged(found, prior, observed)))
         first += n_draws_of(params)
-    result = assembled(pieces, rows, method.has_noise, n_atoms)
+    result = assembled(pieces, rows, method.has_noise, n_atoms, n_draws)
     named = {name: getattr(result.moments, name) for name in ("mean", "noise", "code", "weights")}
     fix = "Is the noise of the likelihood fitted, with two moments?"
     check_finite({"draws": result.draws} | named, "imputations", fix)

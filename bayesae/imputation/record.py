@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesae.draws import Moments
 from bayesae.errors import DataError, UnsupportedError
+from bayesae.imputation.base import shares
 from bayesae.imputation.pooling import Pooled, check_level, pool
 
 __all__ = ["Imputations"]
@@ -21,14 +22,19 @@ class Imputations:
     r"""Rows with their missing entries drawn, several times over, and how far the draws can be trusted.
 
     Args:
-        draws: Completed rows, (M, N, \*data): S weight draws after one another, each with K = M / S draws of codes and
-            noise. What was observed is as given. None of them, (0, N, \*data), of ``impute(keep_draws=False)``.
+        draws: Completed rows, (M, N, \*data): S weight draws after one another, each with M / S draws of codes and
+            noise, rounded down or up as evenly as may be where S does not divide M. What was observed is as given. None
+            of them, (0, N, \*data), of ``impute(keep_draws=False)``.
         mask: True where x was observed, (N, \*data).
         moments: Mean and variance of every entry in three parts, noise, code and weights, averaged over the laws
-            p(x | z, theta) of the draws and not over draws of x; observed entries have variance 0. Where data are
-            classes without an order there is an axis of classes more.
+            p(x | z, theta) of all S K codes and not over draws of x. Where data are classes without an order there is
+            an axis of classes more. With K = 1 code a weight draw, code and weights are not told apart: all of it
+            stands under ``weights``, none under ``code`` (`impute` says when that is). An observed entry is its own
+            mean, of variance 0, so that a density with these moments, ``moments.log_prob``, is NaN or infinite there:
+            `log_prob` of this record is made for it.
         n_weight_draws: S.
-        ess: Effective sample size of a row's draws, at most M, (N,): of importance weights, or of correlated chains.
+        ess: Effective sample size of a row's S K codes, at most their number, (N,): of importance weights, or of
+            correlated chains.
         rhat: Split R-hat of a row's chains, the largest over code dimensions and weight draws, (N,); infinite where a
             chain never moved. None without chains.
         acceptance: Mean share of proposed codes that chains took, or of importance-weighted ones that count, (N,); None
@@ -101,7 +107,8 @@ class Imputations:
             complete_dof: As of `pool`.
 
         Returns:
-            By Rubin's rules, nested in the weight draws; see `pool`.
+            By Rubin's rules, nested in the weight draws; see `pool`. They want as many completions of every weight
+            draw: where S does not divide M, the first M // S of each are analysed.
 
         Raises:
             DataError: If draws were not kept. Others as of `pool`.
@@ -109,8 +116,9 @@ class Imputations:
         Example:
             ``imputations.pool(lambda x: (x.mean(0), x.var(0) / len(x)))`` are the means of columns.
         """
-        self._n_kept()
-        results = [[torch.as_tensor(part) for part in analysis(one)] for one in self.draws]
+        nests = self.draws.split(shares(self._n_kept(), self.n_weight_draws))
+        each = min(len(nest) for nest in nests)
+        results = [[torch.as_tensor(part) for part in analysis(one)] for nest in nests for one in nest[:each]]
         estimates, variances = (torch.stack(part) for part in zip(*results, strict=True))
         return pool(estimates, variances, n_nests=self.n_weight_draws, complete_dof=complete_dof)
 

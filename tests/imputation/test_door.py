@@ -130,7 +130,7 @@ class TestNumbersOfDraws:
         assert self.n_weights(50, laplace) == 10 and self.n_weights(20, laplace) == 4
         assert self.n_weights(7, laplace) == 7  # nothing divides it
         assert self.n_weights(50, laplace, n_atoms=1) == 1 and self.n_weights(50, laplace, n_atoms=5) == 5
-        assert self.n_weights(50, laplace, n_atoms=3) == 50
+        assert self.n_weights(50, laplace, n_atoms=3) == 3
         assert self.n_weights(50, laplace, given=25) == 25
         assert self.n_weights(12, FixedPoint(500, 1e-3)) == 12
 
