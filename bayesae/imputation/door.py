@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from bayesae import random
 from bayesae.codes import Laplace, encode
-from bayesae.data import Data, as_rows, as_tensor, check_counts
+from bayesae.data import Data, check_counts
 from bayesae.errors import DataError, UnsupportedError
 from bayesae.functional import check_finite
 from bayesae.functional import n_draws as n_draws_of
@@ -21,11 +23,12 @@ from bayesae.imputation.base import Found, Method, Problem
 from bayesae.imputation.iterated import FixedPoint
 from bayesae.imputation.latent import ImportanceResampling
 from bayesae.imputation.record import Imputations
+from bayesae.imputation.rows import incomplete_rows, rows_observed
 from bayesae.predictive import Predictive
 from bayesae.predictive.streams import chunks
 from bayesae.types import Batch, Params
 
-__all__ = ["impute", "incomplete_rows"]
+__all__ = ["impute"]
 
 _AT_ONCE = 2**15  # network rows in one call
 _CODES = 5  # of a weight draw where the caller does not say how many there are to be
@@ -56,13 +59,19 @@ def impute(
     without any observed entry is drawn from the prior of the code, and a warning says how many there are. A linearised
     predictive stays so: outputs are expanded in the weights at every code.
 
+    A warning counts the rows whose fixed point did not converge or whose chains diverged, be it one. R-hat, effective
+    sizes and acceptance are estimates, of which some go beyond their limits by chance: those rows are counted where
+    they are more than a twentieth.
+
     Args:
         predictive: Model, weights and codes.
-        x: Rows (N, \*data), NaN where an entry is missing, or anything there with a mask.
-        mask: True where x is observed, (N, \*data); None: where x is not NaN, or the mask of a `Batch`.
+        x: Rows (N, \*data), any of `Data`, NaN where an entry is missing, or anything there with a mask.
+        mask: True where x is observed, (N, \*data). None: the mask of a `Batch`, or a loader's of such, and of what has
+            none where x is not NaN.
         method: How codes are drawn: `FixedPoint`, `PseudoGibbs`, `MetropolisGibbs`, `ImportanceResampling`,
-            `CodeLaplace`, `CodeHMC`. None: ``FixedPoint(noise=True)`` for a plain encoder, whose code has no law;
-            else ``ImportanceResampling(proposal=codes.Laplace())``.
+            `CodeLaplace`, `CodeHMC`. None: ``FixedPoint(noise=True)`` for a plain encoder, whose code has no law (give
+            ``CodeLaplace()`` or ``CodeHMC()`` where it is to be N(0, I) before anything is seen); else
+            ``ImportanceResampling(proposal=codes.Laplace())``.
         n_draws: M, how many draws are kept.
         n_weight_draws: S, which must divide M; each has K = M / S codes. None: all particles once, or M of them if
             there are more; of a continuous posterior a fifth of M (M below 10), rounded so that S divides M where that
@@ -71,7 +80,8 @@ def impute(
             that come as evenly as may be from the weight draws. K = 1 is left to as many draws as particles, and to
             an S of M that was asked for.
         seed: The same seed gives the same bits; the caller's generators are put back. None advances them.
-        chunk_size: Network rows in one call, 32,768 if None; it changes memory, and which random numbers a row gets.
+        chunk_size: Network rows in one call, 32,768 if None; it changes memory, and which random numbers a row gets:
+            those of a row depend on its place, and on the other rows of its chunk too. Their law does not.
         keep_draws: Whether the record keeps its draws. False is for many rows of which mean and variance are wanted,
             the same to the bit: ``draws`` has no draw then.
 
@@ -80,13 +90,14 @@ def impute(
 
     Exact when: as the method says, given the model; in the draws of the weights always.
     Biased when: entries are missing because of what they would have been (not at random): no method here models why.
+        By a fixed point, the default of a plain encoder: what the code could be is left out, and draws and intervals
+        are too narrow; see `FixedPoint`.
     Cost: S times the method's; memory of all M draws of all rows, twice while they are put together, or without
         ``keep_draws`` of those of one chunk.
 
     Raises:
         ShapeError: If rows or mask do not fit.
-        DataError: If there is no mask and no NaN, nothing is missing, rows lie outside the likelihood's range, or
-            numbers of draws do not fit.
+        DataError: If nothing is missing, rows lie outside the likelihood's range, or numbers of draws do not fit.
         NonFiniteError: If an observed entry is infinite or NaN, or a draw or moment is.
         UnsupportedError: If the method is none, does not go with the codes, the networks are narrower than float32, or
             rows have a target of their own.
@@ -110,7 +121,9 @@ def impute(
         fix = "Give an object, method=bae.imputation.CodeHMC() say."
         raise UnsupportedError("a method of imputation, or None", repr(method)[:80], fix)
     n_weights, n_codes = _numbers(predictive, method, n_draws, n_weight_draws)
-    rows = incomplete_rows(predictive, x, mask)
+    # a loader draws a number when it starts, which is not to be felt
+    with random.scope(seed) if isinstance(x, DataLoader | IterableDataset) else nullcontext():
+        rows = incomplete_rows(predictive, x, mask)
     size = _AT_ONCE if chunk_size is None else chunk_size
     n_calls = max(method.n_parallel(n_codes, n_weights), n_codes * n_weights)
     with random.scope(seed, rows.x.device):
@@ -121,43 +134,6 @@ def impute(
     result = concatenated(parts)
     _warn(result, rows_observed(rows), method, n_codes * n_weights)
     return result
-
-
-def incomplete_rows(predictive: Predictive, x: Data, mask: Tensor | np.ndarray | None) -> Batch:
-    r"""Rows with a mask, checked, 0 where an entry is missing.
-
-    Args:
-        predictive: Whose model will see them.
-        x: Rows (N, \*data).
-        mask: True where x is observed; None: where x is not NaN, or the mask that the rows bring along.
-
-    Returns:
-        The rows, with row numbers.
-
-    Raises:
-        DataError: If nothing says what is missing, nothing is, or rows lie outside the likelihood's range.
-        UnsupportedError: If rows have a target of their own, or the networks are narrower than float32.
-    """
-    if mask is None and (isinstance(x, Tensor | np.ndarray) or (isinstance(x, Batch) and x.mask is None)):
-        mask = ~torch.isnan(as_tensor(x.x if isinstance(x, Batch) else x))
-    rows = as_rows(x, predictive.model.reference, None if mask is None else as_tensor(mask))
-    if rows.mask is None:
-        raise DataError("a mask that says what is missing", "none", "Give mask=, True where x is observed.")
-    if bool(rows.mask.all()):
-        raise DataError("a missing entry", "rows without any", "Mark missing entries by NaN, or by False in mask=.")
-    if rows.target is not None:
-        dtype = predictive.model.reference.dtype
-        if torch.finfo(dtype).bits < 32:  # rows of these networks have their unrounded numbers as a target
-            raise UnsupportedError("networks of float32 or float64", f"{dtype}", "Use model.float().")
-        raise UnsupportedError("rows that explain themselves", "a target of their own", "Leave it out of the Batch.")
-    predictive.model.likelihood.check(rows.x)
-    return rows
-
-
-def rows_observed(rows: Batch) -> Tensor:
-    """Whether a row has any observed entry, (N,)."""
-    assert rows.mask is not None
-    return rows.mask.flatten(1).any(1)
 
 
 def _numbers(predictive: Predictive, method: Method, n_draws: int, given: int | None) -> tuple[int, int]:
@@ -217,25 +193,29 @@ def _from_prior(problem: Problem, n_codes: int) -> Found:
 
 def _warn(result: Imputations, observed: Tensor, method: Method, n: int) -> None:
     """Say what the numbers are worth, where that is little."""
-    name = type(method).__name__
+    name, n_rows = type(method).__name__, len(observed)
     if n_empty := int((~observed).sum()):
-        text = f"{n_empty} of {len(observed)} rows have no observed entry: they are draws from the prior"
+        text = f"{n_empty} of {n_rows} rows have no observed entry: they are draws from the prior"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
-    checks = {
-        f"an effective sample size below {_LOW_ESS:.0%} of their {n} draws": result.ess < _LOW_ESS * n,
+    # estimates, of which some of many rows go beyond a limit by chance; then what is no chance
+    estimates = {
+        f"an effective sample size below {_LOW_ESS:.0%} of their {n} codes": result.ess < _LOW_ESS * n,
         f"a split R-hat above {_HIGH_RHAT:g}": None if result.rhat is None else result.rhat > _HIGH_RHAT,
         f"under {_LOW_ACCEPTANCE:.0%} of their proposals taken": (
             None if result.acceptance is None else result.acceptance < _LOW_ACCEPTANCE
         ),
-        "chains that diverged": None if result.n_divergent is None else result.n_divergent > 0,
     }
+    facts = {"chains that diverged": None if result.n_divergent is None else result.n_divergent > 0}
     if isinstance(method, FixedPoint) and result.residual is not None:
-        checks["not come to a fixed point"] = result.residual > method.tolerance
-    said = [f"{float(bad.double().mean()):.0%} have {what}" for what, bad in checks.items() if _is_common(bad)]
+        facts["not come to a fixed point"] = ~(result.residual <= method.tolerance)
+    counts = {
+        what: (int(bad.sum()), least)
+        for checks, least in ((estimates, _SHARE * n_rows), (facts, 0.0))
+        for what, bad in checks.items()
+        if bad is not None
+    }
+    said = [f"{count} have {what}" for what, (count, least) in counts.items() if count > least]
     if said:
+        text = f"of the rows imputed by {name}, {n_rows} in all, {', '.join(said)}"
         fix = "Their draws may be far from the posterior: give more steps, or another method."
-        warnings.warn(f"of the rows imputed by {name}, {', '.join(said)}. {fix}", RuntimeWarning, stacklevel=4)
-
-
-def _is_common(bad: Tensor | None) -> bool:
-    return bad is not None and float(bad.double().mean()) > _SHARE
+        warnings.warn(f"{text}. {fix}", RuntimeWarning, stacklevel=4)

@@ -34,7 +34,10 @@ class FixedPoint:
 
     Exact when: the mean, for a linear decoder with Gaussian noise whose encoder gives the code's posterior mean: it
         is then the conditional mean.
-    Biased when: read as a law: a point stands for the code, whose variance is left out, so that draws are too narrow.
+    Biased when: read as a law: a point stands for the code, whose variance is left out, so that draws, and intervals
+        with ``noise`` too, are too narrow: of probabilistic PCA with two codes and two of five columns observed those
+        of 90 % hold 69 %, and those of `CodeLaplace` 90 %. Take that, or `CodeHMC`, where codes are N(0, I) before
+        anything is seen; the code of a plain encoder need not be.
     Cost: ``n_iterations`` passes through encoder and decoder a weight draw, fewer where all rows converge.
 
     Raises:

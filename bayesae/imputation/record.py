@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.draws import Moments
+from bayesae.draws import Moments, fitted_rows
 from bayesae.errors import DataError, UnsupportedError
+from bayesae.functional import check_finite
 from bayesae.imputation.base import shares
 from bayesae.imputation.pooling import Pooled, check_level, pool
 
@@ -64,6 +66,31 @@ class Imputations:
         r"""Variance of every entry, noise, code and weights together, (N, \*data); 0 where it was observed."""
         return self.moments.total
 
+    def log_prob(self, x: Tensor | np.ndarray) -> Tensor:
+        r"""Log-density of every missing entry's value under a law with its moments, nats.
+
+        Args:
+            x: Rows with values in the missing entries, (N, \*data); what stands in the observed ones does not matter.
+
+        Returns:
+            (N, \*data): of missing entries what `Moments.log_prob` says; 0 of observed ones, which are given.
+
+        Exact when: as of the likelihood's ``log_predictive``: the law of the draws is a mixture, of which two moments
+            are kept.
+
+        Raises:
+            ShapeError: If x has other rows, or rows of another size.
+            NonFiniteError: If a value of a missing entry is NaN or infinite.
+            UnsupportedError: If a missing entry has no variance, and so no density: of `FixedPoint` without noise.
+        """
+        given = torch.where(self.mask, 0.0, fitted_rows(x, self.mask.shape, self.moments.mean))
+        check_finite({"x": given}, "values of missing entries", "Put in what they are, or 0 where nobody knows.")
+        values = torch.where(self.mask, 0.0, self.moments.log_prob(given))
+        if n_points := int(values.isnan().sum()):
+            fix = "Use FixedPoint(noise=True), or a method that draws codes."
+            raise UnsupportedError("missing entries with a variance", f"{n_points} that are points", fix)
+        return values
+
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
         r"""Central interval of every entry, from quantiles of the draws at places p (M + 1) of their order.
 
@@ -75,8 +102,10 @@ class Imputations:
 
         Exact when: (1 - level) / 2 * (M + 1) is whole: it covers, on average, a share ``level`` of values that come
             from where the draws do, however few draws there are.
-        Biased when: it is not whole, as it then lies between two draws; or draws are worth less than their number
-            (``ess``).
+        Biased when: it is not whole, as it then lies between two draws; draws are worth less than their number
+            (``ess``); or they are those of `FixedPoint`, the default of a plain encoder, which leave out what the code
+            could be and hold less than ``level`` (69 % for 90 % of probabilistic PCA; give `impute` ``CodeLaplace()``
+            or ``CodeHMC()`` where codes are taken as N(0, I)).
 
         Raises:
             DataError: If the level is none, or there are too few draws for it, or they were not kept.

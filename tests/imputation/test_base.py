@@ -82,7 +82,7 @@ class TestRowsAndWeightsTogether:
         outputs = torch.randn(5, 3, 2, 4, generator=torch.Generator().manual_seed(0))
         given = Found(outputs, torch.tensor([1.0, 2.0, 4.0])[:, None].expand(3, 2), **named)
         rows = bae.Batch(x, mask, index=torch.arange(2))
-        found = assembled([(bae.likelihoods.Gaussian(0.5), given)], rows, False, None)
+        found = assembled([(bae.likelihoods.Gaussian(0.5), given)], rows, False, None, 15)
         for name, value in {"rhat": 3.0, "acceptance": 0.3, "n_divergent": 5, "residual": 0.3, "ess": 7.0}.items():
             assert_close(getattr(found, name).float(), torch.full((2,), float(value)))
         # weight draws after one another, without noise

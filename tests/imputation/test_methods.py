@@ -198,7 +198,7 @@ class TestFixedPoint:
 
     def test_says_when_it_did_not_converge(self):
         made = world()
-        with pytest.warns(RuntimeWarning, match="100% have not come to a fixed point"):
+        with pytest.warns(RuntimeWarning, match="40 in all, 40 have not come to a fixed point"):
             found = bae.impute(
                 predictive_of(made.model("location"), None), made.x, mask_of(40), method=FixedPoint(1), n_draws=1
             )

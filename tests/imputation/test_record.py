@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import bayesae as bae
-from bayesae.imputation import CodeLaplace, Pooled, pool
+from bayesae.imputation import CodeHMC, CodeLaplace, FixedPoint, Pooled, pool
 from bayesae.imputation.assembling import split_variance
 from tests.imputation.worlds import MISSING, conditional, mask_of, predictive_of, world
 
@@ -42,6 +42,24 @@ class TestIntervals:
         coverage = float(((low <= truth) & (truth <= high)).double().mean())
         assert abs(coverage - level) < 4 * (level * (1 - level) / 1500) ** 0.5
 
+    def test_of_a_fixed_point_leave_the_code_out_and_those_of_its_laplace_approximation_do_not(self):
+        """Rows of the model: the fixed point is the conditional mean, its spread the noise's and not the law's."""
+        made, n_rows = world(), 2000
+        generator = torch.Generator().manual_seed(1)
+        z, noise = (torch.randn(n_rows, size, generator=generator).double() for size in (2, 5))
+        x, mask = z @ made.weight.T + made.bias + made.noise_var**0.5 * noise, mask_of(n_rows)
+        ratio = (made.noise_var / conditional(made, x)[1].diagonal()).sqrt()
+        expected = torch.erf(1.644854 * ratio / 2**0.5).mean()
+        assert 0.67 < float(expected) < 0.71  # the 69 % of the docstrings
+        methods = {"default": (None, expected), "Laplace": (CodeLaplace(1), 0.9), "HMC": (CodeHMC(20, 200), 0.9)}
+        for method, nominal in methods.values():
+            predictive = predictive_of(made.model("location"), None)
+            found = bae.impute(predictive, x, mask, method=method, n_draws=99, seed=0)
+            low, high = found.interval(0.9)
+            inside = ((low <= x) & (x <= high))[:, MISSING].double().mean()
+            assert abs(float(inside - nominal)) < 0.02
+            assert bool(found.moments.code[:, MISSING].any()) == (method is not None)
+
     def test_the_whole_range_and_too_few_draws(self):
         draws = found(19)[0]
         low, high = draws.interval(0.9)
@@ -51,6 +69,57 @@ class TestIntervals:
             draws.interval(0.95)
         with pytest.raises(bae.errors.DataError, match=r"level of intervals in \(0, 1\)"):
             draws.interval(1.0)
+
+
+class TestDensities:
+    def test_are_those_of_the_conditional_normals_and_0_where_x_was_observed(self):
+        made = world()
+        draws, x = found(4000, n_rows=6)
+        mean, cov = conditional(made, x)
+        truth = x + torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double()
+        expected = torch.distributions.Normal(mean, cov.diagonal().sqrt()).log_prob(truth[:, MISSING])
+        density = draws.log_prob(truth)
+        assert density.shape == (6, 5) and not bool(density[draws.mask].any())
+        assert_close(density[:, MISSING], expected, rtol=0.03, atol=0.03)
+        assert torch.equal(density[~draws.mask], draws.moments.log_prob(truth)[~draws.mask])
+        assert bool(draws.moments.log_prob(x)[draws.mask].isnan().all())  # what it is there for
+        holed = torch.where(draws.mask, torch.nan, truth)
+        assert torch.equal(draws.log_prob(holed), density) and torch.equal(draws.log_prob(truth.numpy()), density)
+
+    @pytest.mark.parametrize(
+        ("likelihood", "shape", "row"),
+        [
+            (bae.likelihoods.Bernoulli(), 5, [1.0, 0, 1, 1, 0]),
+            (bae.likelihoods.Poisson(), 5, [2.0, 0, 1, 5, 3]),
+            (bae.likelihoods.Categorical(3), (5, 3), [2.0, 0, 1, 1, 0]),
+            (bae.likelihoods.Categorical(3, [1, 2, 4]), (5, 3), [4.0, 1, 2, 2, 1]),
+            (bae.likelihoods.StudentT(6.0, scale=0.5), 5, [1.0, -0.5, 0.3, 2.0, 0.0]),
+        ],
+        ids=["Bernoulli", "Poisson", "Categorical", "values", "StudentT"],
+    )
+    def test_of_every_likelihood(self, likelihood, shape, row):
+        torch.manual_seed(0)
+        model = bae.Autoencoder(bae.nets.mlp(5, [4], (2, 2)), bae.nets.mlp(2, [4], shape), likelihood).double().eval()
+        leaves = bae.functional.stack_draws([bae.functional.parameters_of(model.network)])
+        predictive = bae.Predictive(model, bae.families.Particles(leaves), codes=bae.codes.amortised)
+        x = torch.tensor(row).double().expand(3, 5)
+        draws = bae.impute(predictive, x, mask_of(3), method=CodeLaplace(2), n_draws=20, seed=0)
+        density = draws.log_prob(torch.where(draws.mask, torch.nan, x))
+        assert density.shape == (3, 5) and not bool(density[draws.mask].any())
+        assert bool((density[~draws.mask] < 0).all() and density.isfinite().all())
+        if likelihood.is_nominal:
+            share = draws.mean.gather(-1, x.long()[..., None])[..., 0]
+            assert_close(density[~draws.mask], share[~draws.mask].log())
+
+    def test_errors(self):
+        draws, x = found(4, n_rows=3)
+        with pytest.raises(bae.errors.ShapeError, match=r"x of shape \(3, 5\)"):
+            draws.log_prob(x[:2])
+        with pytest.raises(bae.errors.NonFiniteError, match="values of missing entries; got 9 NaN"):
+            draws.log_prob(torch.full_like(x, torch.nan))
+        points, _ = found(4, n_rows=3, method=FixedPoint(500))
+        with pytest.raises(bae.errors.UnsupportedError, match=r"with a variance; got 9 that are points.*noise=True"):
+            points.log_prob(x)
 
 
 class TestParts:
