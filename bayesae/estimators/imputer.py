@@ -19,6 +19,7 @@ from bayesae.errors import DataError, UnsupportedError
 from bayesae.estimators.base import FLOOR, Table
 from bayesae.estimators.checks import check_training
 from bayesae.imputation import Imputations, Method, impute
+from bayesae.imputation.pooling import check_level
 from bayesae.likelihoods import Mixed, StudentT
 from bayesae.models import Autoencoder
 from bayesae.predictive import Predictive
@@ -30,6 +31,7 @@ __all__ = ["BayesianImputer"]
 
 _TRAINING_DRAWS = 10  # K of the bound
 _OF_PLAIN_CODES = (Laplace, HMC, MALA)
+_FIGURES = ("ess", "rhat", "acceptance", "n_divergent", "residual")
 _WIDTH, _MOST_LATENTS = 128, 32
 
 
@@ -46,7 +48,7 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
 
     ``fit`` scales the columns by what is observed of them and trains encoder and decoder on the missing-data
     importance-weighted bound, with early stopping. ``transform`` puts means where entries are NaN, ``sample`` draws
-    them, ``interval`` says between what they lie.
+    them, ``interval`` says between what they lie, ``diagnose`` how far the draws can be trusted.
 
     .. math:: \max_\theta \sum_i \log \tfrac1K \sum_k \frac{p(x_{i,o} \mid z_{ik})\, p(z_{ik})}{q(z_{ik} \mid x_{i,o})},
               \qquad x_m \sim \iint p(x_m \mid z, \theta)\, p(z \mid x_o, \theta)\, q(\theta)\, dz\, d\theta
@@ -202,7 +204,8 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
 
         Returns:
             (N, D), in the dtype and units of X; what was observed is as given. A row without any observed entry gets
-            the mean of the prior, with a warning.
+            the mean of the prior, with a warning. The mean is that of ``n_draws`` draws, the same at every call with
+            the same table; a row alone, or among others, has other draws of the same law.
 
         Raises:
             UnsupportedError: If data are classes without an order.
@@ -223,23 +226,28 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
             n_draws: M; None takes that of the estimator.
 
         Returns:
-            (M, N, D), in the dtype and units of X. Analyse each and pool the results by `imputation.pool`; draws of an
-            ensemble stand network after network: ``n_nests=imputer.posterior_.n_atoms``, if that divides M.
+            (M, N, D), in the dtype and units of X. Analyse each and pool the results by `imputation.pool`. Draws of an
+            ensemble of S networks stand network after network, M / S of each, rounded down or up; pooling wants as many
+            of each: give an ``n_draws`` that S divides, and ``n_nests=imputer.posterior_.n_atoms``.
         """
         table = self._checked(X)
-        n = self.n_draws if n_draws is None else n_draws
-        check_counts(n_draws=n)
-        imputed = self._imputations(table, n)
+        imputed = self._imputations(table, n_draws)
         if imputed is None:
-            return np.repeat(table[None], n, 0)
+            return np.repeat(table[None], self.n_draws if n_draws is None else n_draws, 0)
         return np.stack([self._filled(table, one) for one in imputed.draws])
 
-    def interval(self, X: object, level: float = 0.9) -> tuple[np.ndarray, np.ndarray]:  # noqa: N803
+    def interval(
+        self,
+        X: object,  # noqa: N803
+        level: float = 0.9,
+        n_draws: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         r"""Central intervals of the missing entries.
 
         Args:
             X: Rows, (N, D), NaN where an entry is missing.
             level: In (0, 1).
+            n_draws: M; None takes that of the estimator.
 
         Returns:
             Lower and upper bounds, (N, D) each, in the dtype and units of X; both are the value where it was observed.
@@ -247,24 +255,47 @@ class BayesianImputer(OneToOneFeatureMixin, TransformerMixin, Table):
         Exact when: as of `Imputations.interval`.
 
         Raises:
-            DataError: If the level is none, or ``n_draws`` too small for it.
+            DataError: If the level is none, ``n_draws`` no count, or too small for the level.
         """
         table = self._checked(X)
-        imputed = self._imputations(table)
+        check_level(level)
+        imputed = self._imputations(table, n_draws)
         if imputed is None:
             return table.copy(), table.copy()
         low, high = imputed.interval(level)
         return self._filled(table, low), self._filled(table, high)
 
+    def diagnose(self, X: object, n_draws: int | None = None) -> dict[str, np.ndarray]:  # noqa: N803
+        r"""How the draws of every row went: the figures behind the warnings, of the draws that ``transform`` makes.
+
+        Args:
+            X: Rows, (N, D), NaN where an entry is missing.
+            n_draws: M; None takes that of the estimator.
+
+        Returns:
+            ``ess``, ``rhat``, ``acceptance``, ``n_divergent`` and ``residual``, as of `imputation.Imputations`, (N,)
+            each; NaN for rows with nothing missing, and for what the method has no figure of. ``residual`` is in units
+            of scaled columns.
+        """
+        table = self._checked(X)
+        imputed = self._imputations(table, n_draws, keep_draws=False)
+        figures = {name: np.full(len(table), np.nan) for name in _FIGURES}
+        for name, values in figures.items():
+            found = getattr(imputed, name, None)
+            if found is not None:
+                values[np.isnan(table).any(1)] = found.numpy()
+        return figures
+
     def _imputations(
         self, table: np.ndarray, n_draws: int | None = None, *, keep_draws: bool = True
     ) -> Imputations | None:
         """Of the rows with something missing; None if there are none."""
+        n = self.n_draws if n_draws is None else n_draws
+        check_counts(n_draws=n)
         rows = table[np.isnan(table).any(1)]
         if not len(rows):
             return None
         predictive = Predictive(self.model_, self.posterior_, amortised)
-        n = self.n_draws if n_draws is None else n_draws
         options = {"method": self.method, "n_draws": n, "seed": self._seed, "keep_draws": keep_draws}
         return impute(predictive, self._scaled(rows), **options)
 

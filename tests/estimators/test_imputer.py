@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -173,6 +174,64 @@ def test_transform_keeps_no_draws(imputer, table, monkeypatch):
     assert not np.isnan(filled).any() and draws.shape[0] == 50
 
 
+def test_intervals_of_more_draws_than_the_estimators_own(imputer, table):
+    draws, missing = imputer.sample(table, 199), np.isnan(table)
+    low, high = imputer.interval(table, 0.99, n_draws=199)
+    np.testing.assert_allclose(low[missing], draws.min(0)[missing], rtol=1e-12)
+    np.testing.assert_allclose(high[missing], draws.max(0)[missing], rtol=1e-12)
+    wide, narrow = (np.subtract(*imputer.interval(table, level)[::-1])[missing] for level in (0.9, 0.5))
+    assert (wide > narrow).all()
+
+
+class TestDiagnose:
+    def test_is_the_figures_of_what_transform_imputes(self, imputer, table):
+        found, missing = imputer.diagnose(table), np.isnan(table).any(1)
+        assert list(found) == ["ess", "rhat", "acceptance", "n_divergent", "residual"]
+        scaled = torch.from_numpy((table - imputer.mean_) / imputer.scale_)[missing]
+        predictive = bae.Predictive(imputer.model_, imputer.posterior_, bae.codes.amortised)
+        twin = bae.impute(predictive, scaled, n_draws=50, seed=imputer._seed)
+        for name in ("ess", "acceptance"):
+            assert np.isnan(found[name][~missing]).all()
+            np.testing.assert_array_equal(found[name][missing], getattr(twin, name).numpy())
+        assert all(np.isnan(found[name]).all() for name in ("rhat", "n_divergent", "residual"))
+        assert found["ess"][missing].max() <= 50 and imputer.diagnose(table, 20)["ess"][missing].max() <= 20
+
+    @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
+    def test_of_chains_and_of_a_table_without_anything_missing(self, imputer, table):
+        chains = sklearn.base.clone(imputer).set_params(epochs=1, n_draws=10, method=bae.imputation.CodeHMC(3, 10))
+        found, missing = chains.fit(table).diagnose(table), np.isnan(table).any(1)
+        for name in ("ess", "rhat", "acceptance", "n_divergent"):
+            np.testing.assert_array_equal(np.isnan(found[name]), ~missing)
+        nothing = imputer.diagnose(np.nan_to_num(table)[:4])
+        assert all(values.shape == (4,) and np.isnan(values).all() for values in nothing.values())
+
+
+def test_a_row_has_the_same_law_among_others_and_alone(imputer, table):
+    """Draws differ, as the docstring of ``transform`` says: by what 800 of them can."""
+    row = int(np.flatnonzero(np.isnan(table).any(1))[5])
+    entry, missing = table[row : row + 1], np.isnan(table[row])
+    many, alone = imputer.sample(table, 800)[:, row, missing], imputer.sample(entry, 800)[:, 0, missing]
+    assert not np.array_equal(many, alone)
+    error = np.sqrt((many.var(0) + alone.var(0)) / 800)
+    ess = imputer.diagnose(entry, 800)["ess"][0]
+    assert (np.abs(many.mean(0) - alone.mean(0)) < 4 * error * np.sqrt(800 / ess)).all()
+
+
+def test_draws_of_networks_that_do_not_divide_them(table):
+    """Three networks and 20 draws: the networks once each, and both parts of the variance there."""
+    imputer = bae.BayesianImputer(epochs=2, weights=bae.weights.Ensemble(3, epochs=1), n_draws=20, random_state=0).fit(
+        table
+    )
+    scaled = torch.from_numpy((table - imputer.mean_) / imputer.scale_)
+    predictive = bae.Predictive(imputer.model_, imputer.posterior_, bae.codes.amortised)
+    rows = scaled[scaled.isnan().any(1)]
+    found = bae.impute(predictive, rows, n_draws=20, seed=imputer._seed)
+    assert found.n_weight_draws == 3 and bool((found.moments.code[rows.isnan()] > 0).all())
+    missing = np.isnan(table)
+    filled = torch.from_numpy(((imputer.sample(table) - imputer.mean_) / imputer.scale_)[:, missing.any(1)])
+    torch.testing.assert_close(filled[:, rows.isnan()], found.draws[:, rows.isnan()], rtol=1e-9, atol=1e-9)
+
+
 def test_draws_of_networks_pool_in_nests(table):
     imputer = bae.BayesianImputer(epochs=2, weights=bae.weights.Ensemble(3, epochs=1), n_draws=12, random_state=0).fit(
         table
@@ -222,3 +281,16 @@ class TestErrors:
         imputer = bae.BayesianImputer(epochs=1, n_draws=10, random_state=0).fit(table)
         with pytest.raises(bae.errors.DataError, match="19 draws or more"):
             imputer.interval(table, 0.9)
+        assert imputer.interval(table, 0.9, n_draws=19)[0].shape == table.shape
+
+    def test_arguments_are_read_of_complete_tables_too(self, imputer, table):
+        complete = np.nan_to_num(table)
+        for rows in (table, complete):
+            with pytest.raises(bae.errors.DataError, match=r"a level of intervals in \(0, 1\); got 7"):
+                imputer.interval(rows, 7.0)
+            for method in (imputer.sample, imputer.diagnose, lambda x, n: imputer.interval(x, 0.5, n)):
+                with pytest.raises(bae.errors.DataError, match="n_draws of at least 1"):
+                    method(rows, 0)
+        low, high = imputer.interval(complete)
+        np.testing.assert_array_equal(low, complete)
+        np.testing.assert_array_equal(high, complete)
