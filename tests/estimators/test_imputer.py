@@ -207,14 +207,14 @@ class TestDiagnose:
 
 
 def test_a_row_has_the_same_law_among_others_and_alone(imputer, table):
-    """Draws differ, as the docstring of ``transform`` says: by what 800 of them can."""
+    """Draws differ, as the docstring of ``transform`` says: by what 300 of them can."""
     row = int(np.flatnonzero(np.isnan(table).any(1))[5])
     entry, missing = table[row : row + 1], np.isnan(table[row])
-    many, alone = imputer.sample(table, 800)[:, row, missing], imputer.sample(entry, 800)[:, 0, missing]
+    many, alone = imputer.sample(table, 300)[:, row, missing], imputer.sample(entry, 300)[:, 0, missing]
     assert not np.array_equal(many, alone)
-    error = np.sqrt((many.var(0) + alone.var(0)) / 800)
-    ess = imputer.diagnose(entry, 800)["ess"][0]
-    assert (np.abs(many.mean(0) - alone.mean(0)) < 4 * error * np.sqrt(800 / ess)).all()
+    error = np.sqrt((many.var(0) + alone.var(0)) / 300)
+    ess = imputer.diagnose(entry, 300)["ess"][0]
+    assert (np.abs(many.mean(0) - alone.mean(0)) < 4 * error * np.sqrt(300 / ess)).all()
 
 
 def test_draws_of_networks_that_do_not_divide_them(table):
