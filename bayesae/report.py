@@ -200,6 +200,7 @@ def table(
     metrics: Sequence[str] | None = None,
     methods: Sequence[str] | None = None,
     settings: Sequence[str] | None = None,
+    data: Sequence[str] | None = None,
     columns: Literal["metric", "method"] = "metric",
 ) -> str:
     """A Markdown table with mean and spread over seeds.
@@ -209,6 +210,7 @@ def table(
         metrics: Which metrics, in this order; all, in order of appearance, if None.
         methods: Which methods, likewise.
         settings: Which settings; all if None.
+        data: Which data sets; all if None.
         columns: What goes across; the rest of (data, setting, method, metric) goes down, less what never varies.
 
     Returns:
@@ -217,7 +219,7 @@ def table(
     Raises:
         DataError: If no record has such a metric or method.
     """
-    wanted = {"metric": metrics, "method": methods, "setting": settings}
+    wanted = {"metric": metrics, "method": methods, "setting": settings, "data": data}
     known = {field: {getattr(row, field) for row in records.rows} for field in wanted}
     missing = [name for field, names in wanted.items() for name in names or () if name not in known[field]]
     if missing:

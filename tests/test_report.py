@@ -32,6 +32,10 @@ def test_table_pivots_and_filters(records):
     assert [c.strip() for c in lines[0].strip("|").split("|")] == ["A", "B"]
     with pytest.raises(bae.errors.DataError, match="names of"):
         report.table(records, methods=["C"])
+    records.add(data="other", setting="s", method="A", metric="error", seed=0, value=9.0)
+    assert report.table(records, metrics=["error"], data=["d"], columns="method") == "\n".join(lines)
+    with pytest.raises(bae.errors.DataError, match="'nowhere'"):
+        report.table(records, data=["nowhere"])
 
 
 def test_save_and_load_are_inverse(records, tmp_path):
