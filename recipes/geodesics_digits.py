@@ -138,7 +138,7 @@ def make_world(config: Config, seed: int) -> World:
 def shortest(config: Config, metric: geometry.SegmentEnergy, world: World) -> Curves:
     """The better of a straight start and one along a graph of encoded images."""
     start, n = time.perf_counter(), config.n_segments
-    graph = geometry.neighbour_graph(metric, world.codes[: config.n_nodes])
+    graph = geometry.neighbour_graph(metric.as_metric(), world.codes[: config.n_nodes])
     found = geometry.geodesics(metric, world.starts, world.ends, n_segments=n, graph=graph)
     converged = float(found.has_converged.double().mean())
     return Curves(found.points, found.length, converged, time.perf_counter() - start)

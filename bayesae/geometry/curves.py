@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import DataError, NonFiniteError, ShapeError
-from bayesae.geometry.metrics import Metric, SegmentEnergy
+from bayesae.geometry.metrics import Metric, SegmentEnergy, check_energy, check_matrices, check_metric
 
 __all__ = [
     "CubicSpline",
@@ -23,6 +23,7 @@ __all__ = [
     "end_slopes",
     "energy",
     "length",
+    "middles",
     "straight_lines",
 ]
 
@@ -251,7 +252,8 @@ def chord_energy(metric: SegmentEnergy, points: Tensor) -> Tensor:
     Raises:
         ShapeError: If the points are not (P, n + 1, Z).
         NonFiniteError: If a length is not finite.
-        DataError: If the metric is not positive definite.
+        DataError: If the metric is not symmetric and positive definite.
+        UnsupportedError: If ``metric`` is none.
     """
     squared = _squared_segments(metric, points)
     return squared.shape[1] * squared.sum(1)
@@ -274,14 +276,30 @@ def chord_length(metric: SegmentEnergy, points: Tensor) -> Tensor:
     Raises:
         ShapeError: If the points are not (P, n + 1, Z).
         NonFiniteError: If a length is not finite.
-        DataError: If the metric is not positive definite.
+        DataError: If the metric is not symmetric and positive definite.
+        UnsupportedError: If ``metric`` is none.
     """
     return _squared_segments(metric, points).sqrt().sum(1)
 
 
 def _squared_segments(metric: SegmentEnergy, points: Tensor) -> Tensor:
+    check_energy(metric)
     check_curves(points)
-    return checked_squares(metric.segments(points), "of segments")
+    squared = checked_squares(metric.segments(points), "of segments")
+    metric.as_metric().check_positive(middles(points).flatten(0, 1).detach(), "in the middle of segments")
+    return squared
+
+
+def middles(points: Tensor) -> Tensor:
+    """Of curves' segments.
+
+    Args:
+        points: (P, n + 1, Z).
+
+    Returns:
+        (P, n, Z).
+    """
+    return (points[:, 1:] + points[:, :-1]) / 2
 
 
 def energy(metric: Metric, curve: Curve, *, n_nodes: int = 64) -> Tensor:
@@ -302,7 +320,8 @@ def energy(metric: Metric, curve: Curve, *, n_nodes: int = 64) -> Tensor:
 
     Raises:
         NonFiniteError: If a speed is not finite.
-        DataError: If the metric is not positive definite.
+        DataError: If the metric is not symmetric and positive definite.
+        UnsupportedError: If ``metric`` is none.
     """
     speed, weights = _speeds(metric, curve, n_nodes)
     return speed @ weights
@@ -326,7 +345,8 @@ def length(metric: Metric, curve: Curve, *, n_nodes: int = 64) -> Tensor:
 
     Raises:
         NonFiniteError: If a speed is not finite.
-        DataError: If the metric is not positive definite.
+        DataError: If the metric is not symmetric and positive definite.
+        UnsupportedError: If ``metric`` is none.
     """
     speed, weights = _speeds(metric, curve, n_nodes)
     return speed.sqrt() @ weights
@@ -335,9 +355,12 @@ def length(metric: Metric, curve: Curve, *, n_nodes: int = 64) -> Tensor:
 def _speeds(metric: Metric, curve: Curve, n_nodes: int) -> tuple[Tensor, Tensor]:
     """Squared speeds (P, T) at Gauss-Legendre nodes, and the weights (T,)."""
     nodes, weights = (torch.as_tensor(part) for part in np.polynomial.legendre.leggauss(n_nodes))
+    check_metric(metric)
     times = (nodes + 1) / 2
     with torch.no_grad():
         values, slopes = curve(times), curve(times, derivative=1).double()
         matrices = metric(values.flatten(0, 1)).double().unflatten(0, values.shape[:2])
     speed = torch.einsum("pti,ptij,ptj->pt", slopes, matrices, slopes)
-    return checked_squares(speed, "a unit of time"), (weights / 2).to(slopes)
+    speed = checked_squares(speed, "a unit of time")
+    check_matrices(matrices.flatten(0, 1), "along a curve")
+    return speed, (weights / 2).to(slopes)

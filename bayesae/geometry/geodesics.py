@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
-from bayesae.geometry.curves import CubicSpline, checked_squares, end_slopes, straight_lines
+from bayesae.geometry.certificate import check_derivatives, growth, inner_length, is_kept, root_sum
+from bayesae.geometry.curves import CubicSpline, checked_squares, end_slopes, middles, straight_lines
 from bayesae.geometry.derivatives import checked_points
 from bayesae.geometry.graph import CodeGraph, graph_starts
-from bayesae.geometry.metrics import Metric, SegmentEnergy
-from bayesae.geometry.tridiagonal import BlockTridiagonal
+from bayesae.geometry.metrics import SegmentEnergy, check_energy
+from bayesae.geometry.solver import Solver, reach
 
-__all__ = ["Geodesics", "checked_pairs", "geodesics"]
+__all__ = ["Geodesics", "checked_pairs", "geodesics", "solved", "warn_of_failures"]
 
 _COARSEST = 8  # segments of the first level: far from the answer, nodes are cheap
-_GAUSS_NEWTON_UNTIL = 0.03  # predicted share of the energy below which the full Hessian is worth its price
-_HIGHEST_DAMPING = 1e8
 _COARSE_TOLERANCE = 1e-3  # of the levels before the last
 _COARSE = 0.1  # growth of a length under halved segments above which points are no curve
 
@@ -32,14 +31,15 @@ class Geodesics:
     Args:
         points: (P, n + 1, Z) at equal times 0 to 1; the ends are those that were asked for.
         energy: Of the points' chords, (P,), squared units of the outputs.
-        length: Of the points' chords, (P,), units of the outputs; ``straight_length`` where that is less, which can be
-            where the curve is the straight line at another speed: both then miss as little as chords do.
-        straight_length: Of the straight line with as many segments, (P,): never less than ``length``.
+        length: Of the points' chords, (P,), units of the outputs.
+        straight_length: Of the straight line with as many segments, (P,): never less than ``length`` by more than
+            chords miss, as the straight line at another speed may be.
         residual: Share of the energy that a full Newton step is predicted to gain, (P,); infinite where the Hessian
             is not positive definite.
-        coarseness: Share by which the length (of ``metric.as_metric()``) grows when every segment is halved, (P,):
-            about three quarters of what the chords miss. Large where a segment jumps between codes that decode alike,
-            infinite where the metric is not finite between points.
+        coarseness: Share by which the length (of ``metric.as_metric()``) grows when every segment is halved, on the
+            straight line between its ends or on `spline`, the larger of both, (P,). Three quarters of what the chords
+            miss where that is little; less of it where segments jump between codes that decode alike, which makes it
+            large. Infinite where the metric is not finite between points.
         n_iterations: Steps that were tried, over all levels and starts, (P,).
         has_converged: Whether ``residual`` is at most the tolerance, at a positive definite Hessian (the points are
             then a local minimum to second order), and ``coarseness`` at most 0.1, (P,).
@@ -55,6 +55,11 @@ class Geodesics:
     n_iterations: Tensor
     has_converged: Tensor
     is_straight: Tensor
+
+    @property
+    def is_coarse(self) -> Tensor:
+        """Whether ``coarseness`` is above 0.1: points are then no curve, and lengths and slopes say nothing, (P,)."""
+        return self.coarseness > _COARSE
 
     def spline(self) -> CubicSpline:
         """The cubic splines through the points, with one-sided differences as slopes at the ends."""
@@ -94,7 +99,8 @@ def geodesics(
         max_iterations: Steps that are tried on each level.
 
     Returns:
-        The curves. Where the result would be longer than the straight line, the straight line is kept and marked.
+        The curves. Where the result would have more energy or length than the straight line, lengths taken finer than
+        by its segments (to 1 % where these are coarse), the straight line is kept and marked.
 
     Exact when: the outputs are linear in the code: straight lines, of length ``|W (b - a)|``.
     Biased when: there are few segments (see `chord_length`), or several local minima: a start elsewhere may find a
@@ -104,10 +110,66 @@ def geodesics(
 
     Raises:
         ShapeError: If the pairs do not fit each other, or ``initial`` does not fit them.
-        DataError: If two ends are equal, no path of the graph joins a pair, or the metric is not positive definite.
+        DataError: If two ends are equal, no path of the graph joins a pair, or the metric is not symmetric and positive
+            definite.
         NonFiniteError: If a code or an energy is not finite.
-        UnsupportedError: If outputs do not change along a straight line, or have no derivative.
+        UnsupportedError: If ``metric`` measures nothing, outputs do not change along a straight line, or have no
+            derivative there or along a result, in whole or in part.
     """
+    found = solved(
+        metric, starts, ends, n_segments=n_segments, initial=initial, graph=graph, tolerance=tolerance,
+        max_iterations=max_iterations,
+    )  # fmt: skip
+    warn_of_failures(found, stacklevel=3)
+    return found
+
+
+def warn_of_failures(found: Geodesics, *, stacklevel: int) -> None:
+    """Say how many curves have not converged, and what may help.
+
+    Args:
+        found: Curves.
+        stacklevel: As of ``warnings.warn``, from here.
+    """
+    n_failed, n_coarse = (int(part.sum()) for part in (~found.has_converged, found.is_coarse))
+    if n_failed:
+        text = f"{n_failed} of {len(found.points)} geodesics have not converged"
+        if n_coarse:
+            text = f"{text} ({n_coarse} with segments that jump: allow more segments)"
+        fix = "See .residual and .coarseness; allow more iterations or segments, or start along a graph too."
+        warnings.warn(f"{text}. {fix}", RuntimeWarning, stacklevel=stacklevel)
+
+
+def solved(
+    metric: SegmentEnergy,
+    starts: Tensor,
+    ends: Tensor,
+    *,
+    n_segments: int = 32,
+    initial: Tensor | None = None,
+    graph: CodeGraph | None = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 100,
+) -> Geodesics:
+    """`geodesics` without a warning, for callers that word their own.
+
+    Args:
+        metric: As there, and so are all others.
+        starts: (P, Z).
+        ends: (P, Z).
+        n_segments: n.
+        initial: (P, m + 1, Z).
+        graph: For a second start.
+        tolerance: Of residuals.
+        max_iterations: On each level.
+
+    Returns:
+        The curves.
+
+    Raises:
+        DataError: As there, and so do others.
+    """
+    check_energy(metric)
     starts, ends = checked_pairs(starts, ends)
     if n_segments < 2 or max_iterations < 1:
         got = f"n_segments={n_segments}, max_iterations={max_iterations}"
@@ -118,13 +180,7 @@ def geodesics(
     if graph is not None:
         firsts.append(graph_starts(graph, starts, ends, n_segments=n_segments))
     found = (_solved(metric, first, straight, straight_squared, tolerance, max_iterations) for first in firsts)
-    result = reduce(_better, found)
-    n_failed = int((~result.has_converged).sum())
-    if n_failed:
-        fix = "See .residual and .coarseness; allow more iterations or segments, or start along a graph too."
-        message = f"{n_failed} of {len(starts)} geodesics have not converged. {fix}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return result
+    return reduce(_better, found)
 
 
 def _solved(
@@ -138,22 +194,28 @@ def _solved(
     """From one start (P, m + 1, Z); straight lines (P, n + 1, Z) and their squared segments (P, n)."""
     n_segments = straight_squared.shape[1]
     n_iterations = torch.zeros(len(points), dtype=torch.long, device=points.device)
+    reached = torch.zeros_like(straight_squared[:, 0])
     residual = torch.full_like(straight_squared[:, 0], torch.inf)
     for n in _levels(n_segments):
-        solver = _Solver(metric, tolerance if n == n_segments else max(tolerance, _COARSE_TOLERANCE), max_iterations)
-        points, residual, spent = solver(_resampled(points, n), residual < torch.inf)
+        solver = Solver(metric, tolerance if n == n_segments else max(tolerance, _COARSE_TOLERANCE), max_iterations)
+        points, residual, spent, reached = solver(_resampled(points, n), residual < torch.inf)
         n_iterations += spent
-    squared = metric.segments(points)
-    is_straight = ~_is_shorter(metric, points, squared, straight, straight_squared)
+    squared, own = metric.segments(points), metric.as_metric()
+    chords = squared if own is metric else own.segments(points)
+    grown = growth(own, points, root_sum(chords))
+    is_straight = ~is_kept(metric, squared, grown, straight, straight_squared)
     if is_straight.any():
         points = torch.where(is_straight[:, None, None], straight, points)
         squared = torch.where(is_straight[:, None], straight_squared, squared)
-        residual[is_straight] = _Solver(metric, tolerance, 1).residual(points[is_straight])
-    coarseness = _coarseness(metric.as_metric(), points)
-    straight_length = _length(straight_squared)
+        residual[is_straight], reached[is_straight] = Solver(metric, tolerance, 1).residual(points[is_straight])
+        chords = squared if own is metric else own.segments(points)
+        grown[is_straight] = growth(own, points[is_straight], root_sum(chords[is_straight]))
+    check_derivatives(metric, points, reached, inner_length(chords, n_segments), "the curve")
+    own.check_positive(middles(points).flatten(0, 1), "in the middle of curves' segments")
+    coarseness = torch.maximum(grown, growth(own, points, root_sum(chords), of_spline=True))
     return Geodesics(
-        points, n_segments * squared.sum(1), torch.minimum(_length(squared), straight_length), straight_length,
-        residual, coarseness, n_iterations, (residual <= tolerance) & (coarseness <= _COARSE), is_straight,
+        points, n_segments * squared.sum(1), root_sum(squared), root_sum(straight_squared), residual, coarseness,
+        n_iterations, (residual <= tolerance) & (coarseness <= _COARSE), is_straight,
     )  # fmt: skip
 
 
@@ -192,13 +254,10 @@ def checked_pairs(starts: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     return starts, ends
 
 
-def _length(squared: Tensor) -> Tensor:
-    return squared.clamp(min=0).sqrt().sum(1)
-
-
 def _checked_squared(metric: SegmentEnergy, straight: Tensor) -> Tensor:
     """Squared lengths of straight lines' segments, (P, n)."""
-    segments = checked_squares(metric.segments(straight), "of segments of straight lines")
+    segments, own = checked_squares(metric.segments(straight), "of segments of straight lines"), metric.as_metric()
+    own.check_positive(middles(straight).flatten(0, 1), "in the middle of straight lines' segments")
     energy = segments.sum(1)
     few = _resampled(straight, min(_COARSEST, segments.shape[1]))
     first = metric.expansion(few, has_curvature=False)
@@ -210,32 +269,9 @@ def _checked_squared(metric: SegmentEnergy, straight: Tensor) -> Tensor:
         got = f"{got}, along {int(is_flat.sum())} of {len(energy)} straight lines"
         fix = "Is the decoder detached from its argument, piecewise constant, or collapsed?"
         raise UnsupportedError("outputs that are differentiable in the code", got, fix)
+    changed = inner_length(segments if own is metric else own.segments(straight), few.shape[1] - 1)
+    check_derivatives(metric, straight, reach(few, first.stiffness), changed, "the straight line")
     return segments
-
-
-def _is_shorter(
-    metric: SegmentEnergy, points: Tensor, squared: Tensor, straight: Tensor, straight_squared: Tensor
-) -> Tensor:
-    """Whether curves have less energy than straight lines, and no more length than chords can tell."""
-    # the straight line at its right speed, in equal steps, is measured longer than at another by order 1 / n^2: lengths
-    # are compared as they are for segments of no size
-    found = squared.sum(1) < straight_squared.sum(1)
-    length, straight_length = _length(squared), _length(straight_squared)
-    doubtful = (found & (length > straight_length)).nonzero()[:, 0]
-    found[doubtful] = False
-    if len(doubtful) and metric.as_metric() is metric:
-        misses = [4 / 3 * _coarseness(metric.as_metric(), part[doubtful]) for part in (points, straight)]
-        slack = 1 + 0.1 * (misses[0].abs() + misses[1].abs()) + 1e-9
-        found[doubtful] = length[doubtful] * (1 + misses[0]) <= straight_length[doubtful] * (1 + misses[1]) * slack
-    return found
-
-
-def _coarseness(metric: Metric, points: Tensor) -> Tensor:
-    middles = (points[:, 1:] + points[:, :-1]) / 2
-    halved = torch.cat([torch.stack([points[:, :-1], middles], 2).flatten(1, 2), points[:, -1:]], 1)
-    finer, coarse = (_length(metric.segments(part)) for part in (halved, points))
-    # a metric that is undefined between points says nothing of the curve
-    return (finer / coarse.clamp(min=1e-300) - 1).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _checked_initial(initial: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
@@ -264,90 +300,3 @@ def _resampled(points: Tensor, n_segments: int) -> Tensor:
     times = torch.linspace(0, 1, n_segments + 1, dtype=points.dtype, device=points.device)
     inner = CubicSpline(points)(times[1:-1])
     return torch.cat([points[:, :1], inner, points[:, -1:]], 1)
-
-
-@dataclass(frozen=True)
-class _Solver:
-    """Levenberg-Marquardt steps on one level, each pair with a damping of its own."""
-
-    metric: SegmentEnergy
-    tolerance: float
-    max_iterations: int
-
-    def __call__(self, points: Tensor, is_near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Points (P, n + 1, Z), and whether the whole Hessian pays at once, to better ones, residuals, steps tried."""
-        points = points.clone()
-        squared = self.metric.segments(points).sum(1)
-        damping = torch.zeros_like(squared)
-        residual = torch.full_like(squared, torch.inf)
-        spent = torch.zeros(len(points), dtype=torch.long, device=points.device)
-        wants_all = is_near.clone()
-        active = torch.arange(len(points), device=points.device)
-        for _ in range(self.max_iterations):
-            steps, gain, found = self._steps(points[active], squared[active], damping[active], wants_all[active])
-            residual[active] = found
-            is_done = found <= self.tolerance
-            if is_done.all():
-                break
-            active, steps, gain = active[~is_done], steps[~is_done], gain[~is_done]
-            spent[active] += 1
-            trial = points[active].clone()
-            trial[:, 1:-1] += steps.to(points.dtype)
-            segments = self.metric.segments(trial)
-            now = segments.sum(1)
-            ratio = (squared[active] - now) / gain
-            # a segment below 0 is one where the metric is not positive definite
-            is_better = torch.isfinite(now) & (segments >= 0).all(1) & (gain > 0) & (ratio > 1e-4)
-            taken = active[is_better]
-            points[taken], squared[taken] = trial[is_better], now[is_better]
-            wants_all[active] |= gain <= _GAUSS_NEWTON_UNTIL * squared[active]
-            lower = torch.where(ratio > 0.5, damping[active] / 8, damping[active])
-            lower = torch.where(lower < 1e-3, 0.0, lower)
-            damping[active] = torch.where(is_better, lower, (4 * damping[active]).clamp(min=0.03))
-            active = active[damping[active] < _HIGHEST_DAMPING]
-            if not len(active):
-                break
-        else:  # out of steps: the residuals are those of the points before the last one
-            residual[active] = self.residual(points[active])
-        return points, residual, spent
-
-    def residual(self, points: Tensor) -> Tensor:
-        """Of curves as they are, (P,)."""
-        squared = self.metric.segments(points).sum(1)
-        none = torch.zeros_like(squared)
-        return self._steps(points, squared, none, torch.ones_like(squared, dtype=torch.bool))[2]
-
-    def _steps(
-        self, points: Tensor, squared: Tensor, damping: Tensor, wants_all: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Damped steps, the decrease that each predicts, and residuals, infinite without the whole Hessian."""
-        gradient = torch.empty_like(points[:, 1:-1], dtype=torch.float64)
-        steps, gain, residual = (
-            torch.zeros_like(gradient),
-            torch.zeros_like(squared),
-            torch.full_like(squared, torch.inf),
-        )
-        for has_all in (False, True):
-            chosen = (wants_all == has_all).nonzero()[:, 0]
-            if not len(chosen):
-                continue
-            found = self.metric.expansion(points[chosen], has_curvature=has_all)
-            held = _regular(found.stiffness)
-            hessian = held if found.curvature is None else held + found.curvature
-            step, is_definite = (hessian + held.scaled(damping[chosen])).solve(-found.gradient)
-            predicted = -(found.gradient * step).sum((1, 2)) / 2
-            if has_all:
-                full, is_full = hessian.solve(-found.gradient)
-                decrement = -(found.gradient * full).sum((1, 2)) / 2
-                share = decrement / squared[chosen]
-                residual[chosen] = torch.where(is_full & (share >= 0), share, torch.inf)
-            steps[chosen], gain[chosen] = step, torch.where(is_definite, predicted, 0.0)
-        return steps, gain, residual
-
-
-def _regular(stiffness: BlockTridiagonal) -> BlockTridiagonal:
-    """With a diagonal raised by its rounding: a node where the decoder is flat would make it singular."""
-    size = stiffness.diagonal.shape[-1]
-    trace = stiffness.diagonal.diagonal(dim1=-2, dim2=-1).mean((1, 2))
-    ridge = 1e-10 * trace[:, None, None, None] * torch.eye(size).to(stiffness.diagonal)
-    return BlockTridiagonal(stiffness.diagonal + ridge, stiffness.upper)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesae.errors import DataError, ShapeError
 from bayesae.geometry.curves import checked_squares, chord_length, straight_lines
 from bayesae.geometry.derivatives import checked_points
-from bayesae.geometry.metrics import Metric, SegmentEnergy
+from bayesae.geometry.metrics import Metric, check_matrices, check_metric
 
 __all__ = ["CodeGraph", "graph_starts", "grid_graph", "neighbour_graph"]
 
@@ -95,9 +95,12 @@ def grid_graph(metric: Metric, codes: Tensor, *, n_cells: int = 100, margin: flo
 
     Raises:
         ShapeError: If codes have not two dimensions.
-        DataError: If all codes lie on an axis, the numbers are out of range, or the metric is not positive definite.
+        DataError: If all codes lie on an axis, the numbers are out of range, or the metric is not symmetric and
+            positive definite.
         NonFiniteError: If a code is not finite, or the metric at a node.
+        UnsupportedError: If ``metric`` is none, such as `IndependentDraws`.
     """
+    check_metric(metric)
     codes = checked_points("codes", codes)
     if codes.shape[1] != 2:
         raise ShapeError("codes (N, 2)", f"{tuple(codes.shape)}", "Use neighbour_graph in other dimensions.")
@@ -121,13 +124,14 @@ def grid_graph(metric: Metric, codes: Tensor, *, n_cells: int = 100, margin: flo
     return CodeGraph(nodes, edges, _trapezoid(metric, nodes, edges))
 
 
-def neighbour_graph(metric: SegmentEnergy, codes: Tensor, *, n_neighbours: int = 10, n_segments: int = 8) -> CodeGraph:
+def neighbour_graph(metric: Metric, codes: Tensor, *, n_neighbours: int = 10, n_segments: int = 8) -> CodeGraph:
     """Codes joined to their nearest ones by straight lines, which the metric measures.
 
     Neighbours are those of the code space; bridges of a minimum spanning tree join what would fall apart.
 
     Args:
-        metric: What measures segments.
+        metric: What measures them; of `IndependentDraws` its ``as_metric()``: its spread counts once a segment, so
+            that paths would be the longer the more edges they have.
         codes: (N, Z), N >= 2.
         n_neighbours: Of each code.
         n_segments: Of a line.
@@ -141,12 +145,14 @@ def neighbour_graph(metric: SegmentEnergy, codes: Tensor, *, n_neighbours: int =
 
     Raises:
         ShapeError: If codes are no matrix.
-        DataError: If there are fewer than two codes, no neighbours are asked for, or the metric is not positive
-            definite.
+        DataError: If there are fewer than two codes, no neighbours are asked for, or the metric is not symmetric and
+            positive definite.
         NonFiniteError: If a code is not finite, or a length.
+        UnsupportedError: If ``metric`` is none, such as `IndependentDraws`.
     """
     from scipy.sparse.csgraph import minimum_spanning_tree
 
+    check_metric(metric)
     codes = checked_points("codes", codes)
     if len(codes) < 2 or n_neighbours < 1:
         got = f"{len(codes)} codes, n_neighbours={n_neighbours}"
@@ -180,8 +186,12 @@ def graph_starts(graph: CodeGraph, starts: Tensor, ends: Tensor, *, n_segments: 
     Cost: one shortest-path search a pair.
 
     Raises:
+        ShapeError: If the graph's nodes have another number of dimensions.
         DataError: If no path joins a pair.
     """
+    if graph.nodes.shape[1:] != starts.shape[1:]:
+        got = f"nodes {tuple(graph.nodes.shape)} and codes {tuple(starts.shape)}"
+        raise ShapeError("a graph of codes of as many dimensions", got, "Build it of encoded data of this model.")
     nearest = [torch.cdist(part.double(), graph.nodes.double()).argmin(1) for part in (starts, ends)]
     found, before = graph.distances(nearest[0])
     curves = []
@@ -221,4 +231,5 @@ def _trapezoid(metric: Metric, nodes: Tensor, edges: Tensor) -> Tensor:
     for end in (0, 1):
         squared = torch.einsum("ei,eij,ej->e", step, matrices[edges[:, end]], step)
         total += checked_squares(squared, "at nodes of the grid").sqrt() / 2
+    check_matrices(matrices, "at nodes of the grid")
     return total

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayesae.errors import DataError, NonFiniteError, ShapeError
 from bayesae.geometry.derivatives import check_codes, with_columns
-from bayesae.geometry.metrics import Metric
+from bayesae.geometry.metrics import Metric, check_metric, check_symmetric
 
 __all__ = [
     "christoffel",
@@ -40,8 +40,10 @@ def christoffel(metric: Metric, z: Tensor) -> Tensor:
     Raises:
         ShapeError: If codes are not (B, Z).
         NonFiniteError: If G is singular at a code, or not finite.
-        UnsupportedError: If torch cannot differentiate the metric.
+        DataError: If G is not symmetric.
+        UnsupportedError: If ``metric`` is none, or torch cannot differentiate the metric.
     """
+    check_metric(metric)
     check_codes("codes", z)
     found, is_bad = _symbols(metric, z)
     _raise_if(is_bad)
@@ -57,6 +59,9 @@ def symbols_or_nan(metric: Metric, z: Tensor) -> Tensor:
 
     Returns:
         (B, Z, Z, Z), detached.
+
+    Raises:
+        DataError: If it is not symmetric.
     """
     with torch.no_grad():
         found, is_bad = _symbols(metric, z)
@@ -89,7 +94,10 @@ def log_volume_element(metric: Metric, z: Tensor) -> Tensor:
     Raises:
         ShapeError: If codes are not (B, Z).
         NonFiniteError: If G is singular at a code, or not finite.
+        DataError: If G is not symmetric.
+        UnsupportedError: If ``metric`` is none.
     """
+    check_metric(metric)
     check_codes("codes", z)
     factor, is_bad = _factor(metric(z))
     _raise_if(is_bad)
@@ -113,6 +121,8 @@ def volume_element(metric: Metric, z: Tensor) -> Tensor:
     Raises:
         ShapeError: If codes are not (B, Z).
         NonFiniteError: If G is singular at a code, or not finite.
+        DataError: If G is not symmetric.
+        UnsupportedError: If ``metric`` is none.
     """
     return log_volume_element(metric, z).exp()
 
@@ -142,10 +152,11 @@ def sectional_curvature(metric: Metric, z: Tensor, first: Tensor, second: Tensor
 
     Raises:
         ShapeError: If codes and directions are not (B, Z) alike.
-        DataError: If two directions are parallel, as all are for Z = 1.
+        DataError: If two directions are parallel, as all are for Z = 1, or G is not symmetric.
         NonFiniteError: If G is singular at a code, or not finite.
-        UnsupportedError: If torch cannot differentiate the metric twice.
+        UnsupportedError: If ``metric`` is none, or torch cannot differentiate the metric twice.
     """
+    check_metric(metric)
     check_codes("codes", z)
     if first.shape != z.shape or second.shape != z.shape:
         got = f"{tuple(first.shape)} and {tuple(second.shape)}"
@@ -202,7 +213,8 @@ def gaussian_curvature(metric: Metric, z: Tensor) -> Tensor:
     Raises:
         ShapeError: If codes are not (B, 2).
         NonFiniteError: If G is singular at a code, or not finite.
-        UnsupportedError: If torch cannot differentiate the metric twice.
+        DataError: If G is not symmetric.
+        UnsupportedError: If ``metric`` is none, or torch cannot differentiate the metric twice.
     """
     if z.dim() != 2 or z.shape[1] != 2:
         fix = "In more dimensions curvature belongs to planes: use sectional_curvature."
@@ -212,7 +224,8 @@ def gaussian_curvature(metric: Metric, z: Tensor) -> Tensor:
 
 
 def _factor(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factors, lower, and which of the matrices have none."""
+    """Cholesky factors, lower, and which of the matrices have none; raises if one is not symmetric."""
+    check_symmetric(matrices, "at codes")
     factor, info = torch.linalg.cholesky_ex(matrices)
     return factor, (info > 0) | ~torch.isfinite(factor).flatten(1).all(1)
 

@@ -8,14 +8,17 @@ from torch import Tensor
 from bayesae.errors import DataError, ShapeError, UnsupportedError
 from bayesae.geometry.curves import Curve
 from bayesae.geometry.derivatives import checked_points
-from bayesae.geometry.geodesics import Geodesics, checked_pairs, geodesics
+from bayesae.geometry.geodesics import Geodesics, checked_pairs, solved, warn_of_failures
+from bayesae.geometry.graph import CodeGraph
 from bayesae.geometry.local import symbols_or_nan
-from bayesae.geometry.metrics import Metric
+from bayesae.geometry.metrics import Metric, check_metric
 from bayesae.geometry.ode import integrate
 
 __all__ = ["exponential", "logarithm", "parallel_transport"]
 
 _NEWTON_STEPS = 20
+_IN_VAIN = 4  # of them that hit no nearer, before shooting is given up
+_ASTRAY = "Split long curves, or allow segments (n_segments=) until the curves converge."
 
 
 def exponential(
@@ -44,6 +47,7 @@ def exponential(
         NonFiniteError: If a code or a velocity is not finite, or the metric along the curve is not, or is singular.
         UnsupportedError: If unit time is not reached in ``max_steps``, or torch cannot differentiate the metric.
     """
+    check_metric(metric)
     points, velocities = checked_points("points", points), checked_points("velocities", velocities)
     _check_alike("velocities", velocities, points)
 
@@ -58,7 +62,16 @@ def exponential(
 
 
 def logarithm(
-    metric: Metric, starts: Tensor, ends: Tensor, *, curves: Geodesics | None = None, tolerance: float = 1e-6
+    metric: Metric,
+    starts: Tensor,
+    ends: Tensor,
+    *,
+    curves: Geodesics | None = None,
+    n_segments: int = 32,
+    graph: CodeGraph | None = None,
+    max_iterations: int = 100,
+    tolerance: float = 1e-6,
+    max_steps: int = 200,
 ) -> Tensor:
     r"""Velocities with which geodesics leave the starts to be at the ends after unit time.
 
@@ -69,25 +82,39 @@ def logarithm(
         metric: G, differentiable in torch.
         starts: (P, Z); gradients do not pass.
         ends: (P, Z).
-        curves: Geodesics between them if they are known already.
+        curves: Geodesics between them if they are known already, instead of the next three.
+        n_segments: Of `geodesics`, and so are the next two.
+        graph: For a second start.
+        max_iterations: Of the curves' solver.
         tolerance: Largest miss of an end, a share of the distance in codes; shooting is a hundred times finer. Never
             below a thousand roundings of the dtype (1e-4 in float32).
+        max_steps: Of each `exponential`; some tens are usual, and what needs many more is shot astray.
 
     Returns:
         (P, Z): of length :math:`\sqrt{v^\top G v}` equal to the distance.
 
     Exact when: as its shooting is: `exponential` of the result is the end, to ``tolerance``.
     Biased when: several geodesics join the points (beyond the cut locus): it is that of ``curves``.
-    Cost: `geodesics`, then 1 + Z calls of `exponential` a Newton step, two to four steps.
+    Cost: `geodesics`, then 1 + Z calls of `exponential` a Newton step, two to four steps; no more than 20, and no more
+        than four in a row that hit no nearer.
 
     Raises:
         ShapeError: If the pairs do not fit each other.
         DataError: If two ends are equal, or ``curves`` do not join the pairs.
         NonFiniteError: If a code is not finite, or the metric along a curve is not, or is singular.
-        UnsupportedError: If shooting does not come within the tolerance.
+        UnsupportedError: If the curves are too coarse to have a slope, shooting does not come within the tolerance, or
+            ``metric`` is none.
     """
+    check_metric(metric)
     start, end = checked_pairs(starts, ends)
-    found = geodesics(metric, start, end) if curves is None else curves
+    found = curves
+    if found is None:
+        found = solved(metric, start, end, n_segments=n_segments, graph=graph, max_iterations=max_iterations)
+    if bool(found.is_coarse.any()):
+        got = f"{int(found.is_coarse.sum())} of {len(start)} whose segments jump"
+        raise UnsupportedError("curves with a slope to shoot from", got, _ASTRAY)
+    if curves is None:
+        warn_of_failures(found, stacklevel=3)
     if not (torch.equal(found.points[:, 0], start) and torch.equal(found.points[:, -1], end)):
         raise DataError("curves that join the pairs", "curves with other ends", "Give geodesics(metric, starts, ends).")
     velocity = found.spline()(torch.zeros(1).to(start), derivative=1)[:, 0]
@@ -95,23 +122,30 @@ def logarithm(
     tolerance = max(tolerance, 1000 * torch.finfo(start.dtype).eps)
     axes = torch.eye(size).to(start)
     best, answer = torch.full_like(scale, torch.inf), velocity.clone()
-    active = torch.arange(len(start), device=start.device)
+    active, in_vain = torch.arange(len(start), device=start.device), torch.zeros_like(scale)
     for _ in range(_NEWTON_STEPS):
         origins, nudge = start[active], tolerance**0.5 * scale[active, None, None]
         shots = torch.cat([velocity[:, None], velocity[:, None] + nudge * axes], 1).flatten(0, 1)
         origins = origins[:, None].expand(-1, 1 + size, -1).flatten(0, 1)
-        landed = exponential(metric, origins, shots, tolerance=tolerance / 100)[0].unflatten(0, (-1, 1 + size))
+        try:
+            landed = exponential(metric, origins, shots, tolerance=tolerance / 100, max_steps=max_steps)[0]
+        except UnsupportedError as error:
+            raise UnsupportedError("shooting that hits the ends", error.got, _ASTRAY) from error
+        landed = landed.unflatten(0, (-1, 1 + size))
         miss = (landed[:, 0] - end[active]).norm(dim=1) / scale[active]
         is_better = miss < best[active]
         answer[active[is_better]], best[active[is_better]] = velocity[is_better], miss[is_better]
+        in_vain[active] = torch.where(is_better, 0.0, in_vain[active] + 1)
         slopes = ((landed[:, 1:] - landed[:, :1]) / nudge).mT
         velocity = velocity + (torch.linalg.pinv(slopes) @ (end[active] - landed[:, 0])[..., None])[..., 0]
         is_far = miss > tolerance
         active, velocity = active[is_far], velocity[is_far]
         if not len(active):
             return answer
-    got = f"{len(active)} of {len(best)} ends missed by up to {float(best.max()):.2g} of the distance"
-    raise UnsupportedError("shooting that hits the ends", got, "Raise the tolerance, or split long curves.")
+        if bool((in_vain[active] >= _IN_VAIN).any()):
+            break
+    got = f"{len(active)} of {len(best)} ends missed by up to {float(best[active].max()):.2g} of the distance"
+    raise UnsupportedError("shooting that hits the ends", got, f"Raise the tolerance. {_ASTRAY}")
 
 
 def parallel_transport(
@@ -140,6 +174,7 @@ def parallel_transport(
         NonFiniteError: If a vector or the metric along the curve is not finite, or the metric singular.
         UnsupportedError: If the end is not reached in ``max_steps``, or torch cannot differentiate the metric.
     """
+    check_metric(metric)
     vectors = checked_points("vectors", vectors)
     _check_alike("vectors", vectors, curve(torch.zeros(1).to(vectors))[:, 0])
 

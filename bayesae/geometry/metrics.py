@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesae.errors import ShapeError
+from bayesae.errors import DataError, ShapeError, UnsupportedError
 from bayesae.geometry.derivatives import (
     Decoder,
     by_parts,
@@ -21,7 +21,20 @@ from bayesae.geometry.derivatives import (
 from bayesae.geometry.fisher import Fisher
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 
-__all__ = ["Euclidean", "Expansion", "FisherPullback", "Metric", "MetricFunction", "SegmentEnergy"]
+__all__ = [
+    "Euclidean",
+    "Expansion",
+    "FisherPullback",
+    "Metric",
+    "MetricFunction",
+    "SegmentEnergy",
+    "check_energy",
+    "check_matrices",
+    "check_metric",
+    "check_symmetric",
+]
+
+_ROUNDING = 1e-5  # share of a matrix' largest number by which it may fail to be symmetric and positive
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,18 @@ class SegmentEnergy(ABC):
             The expansion, float64.
         """
 
+    def gaps(self, points: Tensor) -> tuple[Tensor, Tensor] | None:
+        """By how much derivatives miss the changes that they stand for.
+
+        Args:
+            points: (P, n + 1, Z).
+
+        Returns:
+            The gap of every segment and the larger of its change and its derivative, (P, n) each; None where segments
+            come from the metric alone, so that there are no changes.
+        """
+        return None
+
 
 class Metric(SegmentEnergy):
     r"""A metric tensor G(z); a segment is measured with the one in its middle.
@@ -85,6 +110,20 @@ class Metric(SegmentEnergy):
     def as_metric(self) -> Metric:
         """Itself."""
         return self
+
+    def check_positive(self, z: Tensor, where: str) -> None:
+        """Whether G is symmetric and has no eigenvalue below 0; values that are not finite pass.
+
+        Args:
+            z: Codes (B, Z).
+            where: What they are, for a message.
+
+        Raises:
+            DataError: If it is not, at a code.
+        """
+        with torch.no_grad():
+            for part in z.split(self._rows_at_once(z[:1], 1 + z.shape[1])):
+                check_matrices(self(part), where)
 
     def segments(self, points: Tensor) -> Tensor:
         """Squared length of every segment by the metric in its middle, (P, n), float64."""
@@ -122,6 +161,73 @@ class Metric(SegmentEnergy):
         return torch.einsum("bi,bij,bj->b", b - a, self((a + b) / 2), b - a)
 
 
+def check_energy(metric: object) -> None:
+    """Whether something measures segments.
+
+    Args:
+        metric: What was given.
+
+    Raises:
+        UnsupportedError: If it does not.
+    """
+    if not isinstance(metric, SegmentEnergy):
+        fix = "Put a decoder into Pullback, a function of matrices into MetricFunction."
+        raise UnsupportedError("a metric of bayesae.geometry", f"a {type(metric).__name__}", fix)
+
+
+def check_metric(metric: object) -> None:
+    """Whether something is a metric, and no energy whose segments are longer than zero however small.
+
+    Args:
+        metric: What was given.
+
+    Raises:
+        UnsupportedError: If it is not.
+    """
+    check_energy(metric)
+    if not isinstance(metric, Metric):
+        got = f"{type(metric).__name__}, whose lengths depend on the number of segments"
+        raise UnsupportedError("a metric", got, "Use its as_metric(): the pull-back of the same decoder.")
+
+
+def check_matrices(matrices: Tensor, where: str) -> None:
+    """Whether matrices are symmetric and have no eigenvalue below 0 by more than rounding; non-finite ones pass.
+
+    Args:
+        matrices: (B, Z, Z).
+        where: What they belong to, for a message.
+
+    Raises:
+        DataError: If one is not.
+    """
+    check_symmetric(matrices, where)
+    matrices = matrices.detach().double()
+    matrices = matrices[torch.isfinite(matrices).flatten(1).all(1)]
+    slack = _ROUNDING * matrices.abs().amax((1, 2)).clamp(min=1e-200)
+    raised = matrices + slack[:, None, None] * torch.eye(matrices.shape[-1]).to(matrices)
+    is_negative = torch.linalg.cholesky_ex(raised)[1] > 0
+    if is_negative.any():
+        got = f"{int(is_negative.sum())} of {len(matrices)} with an eigenvalue below 0, {where}"
+        raise DataError("a positive definite metric", got, "Is it defined at these codes?")
+
+
+def check_symmetric(matrices: Tensor, where: str) -> None:
+    """Whether matrices are symmetric but for rounding; non-finite ones pass.
+
+    Args:
+        matrices: (B, Z, Z).
+        where: What they belong to, for a message.
+
+    Raises:
+        DataError: If one is not.
+    """
+    matrices = matrices.detach()
+    is_skew = (matrices - matrices.mT).abs().amax((1, 2)) > _ROUNDING * matrices.abs().amax((1, 2))
+    if is_skew.any():
+        got = f"{int(is_skew.sum())} of {len(matrices)} that are not, {where}"
+        raise DataError("a symmetric metric", got, "Use (G + G.mT) / 2 if that is what is meant.")
+
+
 @dataclass(frozen=True)
 class Euclidean(Metric):
     """The code space as it lies: straight lines are shortest.
@@ -139,7 +245,8 @@ class MetricFunction(Metric):
     """A metric of the user's own.
 
     Args:
-        function: Codes (B, Z) to symmetric positive definite matrices (B, Z, Z), in torch operations row by row.
+        function: Codes (B, Z) to symmetric positive definite matrices (B, Z, Z), in torch operations row by row; what
+            measures with them looks whether they are (DataError).
 
     Exact when: always, up to segments: their lengths are off by a share of order 1 / n^2.
     Raises: ShapeError if the function gives another shape.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesae.forward_mode import jvp
 from bayesae.geometry.derivatives import (
     Decoder,
     by_parts,
@@ -40,6 +41,21 @@ class _OfOutputs(SegmentEnergy):
         """Squared length of every segment from outputs alone, (P, n), float64."""
         with torch.no_grad():
             return torch.cat([self._squared_steps(self._decode(part)) for part in self._parts(points, 1)])
+
+    def gaps(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs' changes along segments against their derivative in the middle: one tangent, three passes in all."""
+        ends = torch.cat([points[:, :-1], points[:, 1:]], -1).flatten(0, 1)
+        with torch.no_grad():
+            parts = ends.split(rows_at_once(self.decoder, points[0, :1], 4))
+            found = [self._gaps(*part.chunk(2, -1)) for part in parts]
+        gap, change = (torch.cat(each).reshape(len(points), -1) for each in zip(*found, strict=True))
+        return gap, change
+
+    def _gaps(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        change = self._flat(b) - self._flat(a)
+        along = jvp(self._flat, ((a + b) / 2,), (b - a,))[1]
+        gap, size = (part.square().sum(-1, dtype=torch.float64).mean(0) for part in (change - along, change))
+        return gap.sqrt(), torch.maximum(size, along.square().sum(-1, dtype=torch.float64).mean(0)).sqrt()
 
     def _squared_steps(self, outputs: Tensor) -> Tensor:
         """Of outputs (S, P, n + 1, D): (P, n)."""
@@ -116,6 +132,9 @@ class Pullback(_OfOutputs, Metric):
     def __call__(self, z: Tensor) -> Tensor:
         """G (B, Z, Z)."""
         return by_parts(self._matrices, self.decoder, z)
+
+    def check_positive(self, z: Tensor, where: str) -> None:
+        """Nothing to do: Gram matrices have no eigenvalue below 0."""
 
     def _matrices(self, z: Tensor) -> Tensor:
         outputs, columns = with_columns(self._flat, z)

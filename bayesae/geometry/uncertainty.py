@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from bayesae.errors import DataError
 from bayesae.geometry.derivatives import Decoder, flat_outputs
-from bayesae.geometry.geodesics import Geodesics, checked_pairs, geodesics
+from bayesae.geometry.geodesics import Geodesics, checked_pairs, solved, warn_of_failures
+from bayesae.geometry.graph import CodeGraph
 from bayesae.geometry.pullback import Pullback
 
 __all__ = ["DistanceDraws", "GeodesicBand", "distance_draws", "geodesic_band"]
@@ -48,16 +50,20 @@ class DistanceDraws:
         return self.lengths.std(0) / self.lengths.mean(0)
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Central interval: quantiles of the draws.
+        """Central interval, from quantiles of the draws at places p (S + 1) of their order.
 
         Args:
-            level: Share of the draws within, 0 to 1.
+            level: 0 to 1.
 
         Returns:
             Lower and upper ends, (P,).
 
+        Exact when: (1 - level) / 2 * (S + 1) is whole: it covers, on average, a share ``level`` of distances under
+            other draws, however few there are.
+        Biased when: it is not whole, as it then lies between two draws.
+
         Raises:
-            DataError: If the level is not between 0 and 1.
+            DataError: If the level is not between 0 and 1, or there are too few draws for it: 19 for 0.9.
         """
         return _central(self.lengths, level)
 
@@ -77,16 +83,16 @@ class GeodesicBand:
     distances: DistanceDraws
 
     def interval(self, level: float = 0.9) -> tuple[Tensor, Tensor]:
-        """Band of the draws' curves: quantiles in every code dimension at every time.
+        """Band of the draws' curves: quantiles as of `DistanceDraws.interval`, in every code dimension at every time.
 
         Args:
-            level: Share of the draws within, 0 to 1.
+            level: 0 to 1.
 
         Returns:
             Lower and upper ends, (P, n + 1, Z).
 
         Raises:
-            DataError: If the level is not between 0 and 1.
+            DataError: If the level is not between 0 and 1, or there are too few draws for it: 19 for 0.9.
         """
         return _central(self.points, level)
 
@@ -99,7 +105,9 @@ def distance_draws(
     curves: Literal["own", "expected"] = "own",
     n_segments: int = 32,
     initial: Tensor | None = None,
+    graph: CodeGraph | None = None,
     tolerance: float = 1e-6,
+    max_iterations: int = 100,
 ) -> DistanceDraws:
     r"""Distances between codes under every draw of the decoder's weights.
 
@@ -112,7 +120,9 @@ def distance_draws(
             the "expected" metric, which are the same for all, cost less, and are longer where draws bend differently.
         n_segments: Of the curves.
         initial: As in `geodesics`, for the curves of all draws.
+        graph: As in `geodesics`, for the curves of all draws: `neighbour_graph` under the expected metric will do.
         tolerance: Of `geodesics`.
+        max_iterations: Of `geodesics`.
 
     Returns:
         Lengths (S, P), from which mean, interval and variation come.
@@ -131,9 +141,11 @@ def distance_draws(
     starts, ends = checked_pairs(starts, ends)
     if curves not in ("own", "expected"):
         raise DataError("curves of 'own' or 'expected'", f"{curves!r}", "'own' gives distances.")
+    given = _Given(n_segments, initial, graph, tolerance, max_iterations)
     if curves == "own":
-        return _own(decoder, starts, ends, n_segments, initial, tolerance)[0]
-    found = geodesics(Pullback(decoder), starts, ends, n_segments=n_segments, initial=initial, tolerance=tolerance)
+        return _own(decoder, starts, ends, given)[0]
+    found = given.solve(decoder, starts, ends)
+    warn_of_failures(found, stacklevel=3)
     with torch.no_grad():
         outputs = flat_outputs(decoder, found.points.flatten(0, 1)).unflatten(1, found.points.shape[:2])
     lengths = (outputs[:, :, 1:] - outputs[:, :, :-1]).double().norm(dim=-1).sum(-1)
@@ -147,7 +159,9 @@ def geodesic_band(
     *,
     n_segments: int = 32,
     initial: Tensor | None = None,
+    graph: CodeGraph | None = None,
     tolerance: float = 1e-6,
+    max_iterations: int = 100,
 ) -> GeodesicBand:
     r"""Geodesics of the expected metric with the spread of the draws' own around them.
 
@@ -157,7 +171,9 @@ def geodesic_band(
         ends: (P, Z).
         n_segments: Of the curves.
         initial: As in `geodesics`, for all curves.
+        graph: As in `geodesics`, for all curves.
         tolerance: Of `geodesics`.
+        max_iterations: Of `geodesics`.
 
     Returns:
         The curves.
@@ -174,8 +190,10 @@ def geodesic_band(
         UnsupportedError: If outputs do not change along a straight line, or have no derivative.
     """
     starts, ends = checked_pairs(starts, ends)
-    expected = geodesics(Pullback(decoder), starts, ends, n_segments=n_segments, initial=initial, tolerance=tolerance)
-    distances, points = _own(decoder, starts, ends, n_segments, initial, tolerance)
+    given = _Given(n_segments, initial, graph, tolerance, max_iterations)
+    expected = given.solve(decoder, starts, ends)
+    warn_of_failures(expected, stacklevel=3)
+    distances, points = _own(decoder, starts, ends, given)
     return GeodesicBand(expected, points, distances)
 
 
@@ -200,29 +218,49 @@ def _singles(decoder: Decoder, code: Tensor) -> Sequence[Decoder]:
     return [_OneDraw(decoder, number) for number in range(n_draws)]
 
 
-def _own(
-    decoder: Decoder, starts: Tensor, ends: Tensor, n_segments: int, initial: Tensor | None, tolerance: float
-) -> tuple[DistanceDraws, Tensor]:
+@dataclass(frozen=True)
+class _Given:
+    """What the caller says of the solver."""
+
+    n_segments: int
+    initial: Tensor | None
+    graph: CodeGraph | None
+    tolerance: float
+    max_iterations: int
+
+    def solve(self, decoder: Decoder, starts: Tensor, ends: Tensor) -> Geodesics:
+        """Geodesics of a decoder's expected metric."""
+        return solved(
+            Pullback(decoder), starts, ends, n_segments=self.n_segments, initial=self.initial, graph=self.graph,
+            tolerance=self.tolerance, max_iterations=self.max_iterations,
+        )  # fmt: skip
+
+
+def _own(decoder: Decoder, starts: Tensor, ends: Tensor, given: _Given) -> tuple[DistanceDraws, Tensor]:
     """Lengths and points of each draw's geodesics; one warning for all of them."""
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        for single in _singles(decoder, starts[:1]):
-            metric = Pullback(single)
-            found.append(geodesics(metric, starts, ends, n_segments=n_segments, initial=initial, tolerance=tolerance))
+    found = [given.solve(single, starts, ends) for single in _singles(decoder, starts[:1])]
     distances = DistanceDraws(
         torch.stack([one.length for one in found]), torch.stack([one.has_converged for one in found])
     )
     n_failed = int((~distances.has_converged).sum())
     if n_failed:
         text = f"{n_failed} of {distances.has_converged.numel()} geodesics of single draws have not converged"
-        warnings.warn(f"{text}. See .has_converged; allow more segments.", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{text}. See .has_converged; allow more iterations or segments.", RuntimeWarning, stacklevel=3)
     return distances, torch.stack([one.points for one in found])
 
 
 def _central(values: Tensor, level: float) -> tuple[Tensor, Tensor]:
     if not 0 < level < 1:
         raise DataError("a level between 0 and 1", f"{level}", "0.9 leaves 5 % on either side.")
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2]).to(values)
-    low, high = torch.quantile(values, tails, dim=0)
-    return low, high
+    n = len(values)
+    place = 0.5 * (1 - level) * (n + 1)
+    if place < 1 - 1e-9:
+        least = math.ceil(2 / (1 - level) - 1 - 1e-9)
+        widest = f" or a level of at most {math.floor(1000 * (n - 1) / (n + 1)) / 1000:g}" if n > 1 else ""
+        fix = f"Ask the decoder for more draws{widest}."
+        raise DataError(f"{least} weight draws or more for intervals of {level:g}", f"{n}", fix)
+    ordered = values.sort(0).values
+    below = min(max(math.floor(place + 1e-9), 1), n - 1)
+    share, above = max(place - below, 0.0), min(below, n - 1)
+    low = torch.lerp(ordered[below - 1], ordered[above], share)
+    return low, torch.lerp(ordered[n - below], ordered[n - 1 - above], share)

@@ -128,6 +128,32 @@ def test_nothing_is_measured_in_silence():
             measure(tilted, geometry.Polyline(points))
 
 
+def test_matrices_are_looked_at_and_not_only_lengths():
+    """Along the first axis nothing is amiss."""
+    line = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]], dtype=torch.float64)
+    for matrix, message in (([[1.0, 0.0], [0.0, -0.5]], "positive definite"), ([[1.0, 5.0], [0.0, 1.0]], "symmetric")):
+        metric = geometry.MetricFunction(lambda z, m=matrix: torch.tensor(m).to(z).expand(len(z), 2, 2))
+        for measure in (geometry.chord_energy, geometry.chord_length):
+            with pytest.raises(bae.errors.DataError, match=f"a {message} metric"):
+                measure(metric, line)
+        for measure in (geometry.energy, geometry.length):
+            with pytest.raises(bae.errors.DataError, match=f"a {message} metric"):
+                measure(metric, geometry.Polyline(line))
+    none = geometry.MetricFunction(lambda z: torch.zeros(len(z), 2, 2).to(z))  # flat: no length, no error
+    assert geometry.chord_length(none, line) == 0
+
+
+def test_lengths_of_what_is_no_metric():
+    line = geometry.straight_lines(codes(2), codes(2, seed=1), 3)
+    draws = geometry.IndependentDraws(linear()[1])
+    assert (geometry.chord_length(draws, line) > 0).all()  # of a number of segments
+    for measure in (geometry.energy, geometry.length):
+        with pytest.raises(bae.errors.UnsupportedError, match="got IndependentDraws.* Use its as_metric"):
+            measure(draws, geometry.Polyline(line))
+        with pytest.raises(bae.errors.UnsupportedError, match="got a function"):
+            measure(linear()[1], geometry.Polyline(line))
+
+
 def test_what_rounding_puts_below_zero_is_zero():
     rounded = geometry.MetricFunction(lambda z: torch.diag(torch.tensor([1.0, -1e-12])).to(z).expand(len(z), 2, 2))
     square = torch.tensor([[[0.0, 0.0], [0.0, 1.0], [1.0, 1.0]]], dtype=torch.float64)

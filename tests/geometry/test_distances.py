@@ -211,6 +211,64 @@ def test_the_mean_in_any_dimension_and_dtype(dtype):
         assert_close(hyperbolic_distance(one[None], found), whole / 2, rtol=1e-3, atol=0)
 
 
+def test_matrices_of_other_things_are_refused():
+    z = codes(4)
+    for function in (lambda d: geometry.k_medoids(d, 2), lambda d: geometry.geodesic_neighbours(d, 2)):
+        with pytest.raises(bae.errors.DataError, match="distances of at least 0; got 12 of 16 below 0"):
+            function(-exactly(z))
+        with pytest.raises(bae.errors.DataError, match="symmetric distances; got some that differ by up to"):
+            function(exactly(z).triu())
+        function(torch.cdist(z.float() + 50, z.float() + 50))  # symmetric but for rounding
+
+
+def test_metrics_of_graphs():
+    z, draws = codes(6), geometry.IndependentDraws(linear()[1])
+    graph = geometry.neighbour_graph(draws.as_metric(), z)
+    for function in (
+        lambda: geometry.neighbour_graph(draws, z),
+        lambda: geometry.grid_graph(draws, z),
+        lambda: geometry.distance_matrix(draws, graph, 6),
+        lambda: geometry.frechet_mean(draws, z),
+    ):
+        with pytest.raises(bae.errors.UnsupportedError, match="a metric; got IndependentDraws.* Use its as_metric"):
+            function()
+    with pytest.raises(bae.errors.ShapeError, match=r"as many dimensions; got nodes \(6, 2\) and codes \(2, 3\)"):
+        geometry.geodesics(HYPERBOLIC, boxed(2, 3), boxed(2, 3, seed=1), graph=graph)
+    half = geometry.MetricFunction(lambda c: torch.diag(torch.tensor([1.0, -0.5])).to(c).expand(len(c), 2, 2))
+    line = torch.tensor([[0.0, 0.0], [1.0, 0.1], [2.0, 0.3]]).double()
+    with pytest.raises(bae.errors.DataError, match="a positive definite metric"):
+        geometry.neighbour_graph(half, line)
+    skew = geometry.MetricFunction(lambda c: torch.tensor([[1.0, 0.5], [0.0, 1.0]]).to(c).expand(len(c), 2, 2))
+    with pytest.raises(bae.errors.DataError, match="a symmetric metric; got .* at nodes of the grid"):
+        geometry.grid_graph(skew, z, n_cells=5)
+
+
+def test_the_check_takes_the_solver_s_options():
+    z = codes(6)
+    graph = geometry.neighbour_graph(SPHERE_METRIC, z)
+    hasty = geometry.distance_matrix(SPHERE_METRIC, graph, 6, n_checked=5, max_iterations=1, tolerance=1e-14)
+    assert not hasty.has_converged.any()
+    assert geometry.distance_matrix(SPHERE_METRIC, graph, 6, n_checked=5).has_converged.all()
+
+
+def test_weights_of_a_mean():
+    """A weight of two is the code twice; of two codes in hyperbolic space the mean cuts the line by their weights."""
+    z, weights = codes(4), torch.tensor([2.0, 1.0, 1.0, 0.0])
+    found = geometry.frechet_mean(geometry.Euclidean(), z, weights=weights)
+    assert_close(found, (2 * z[0] + z[1] + z[2]) / 4)
+    two = boxed(2, 3)
+    mean = geometry.frechet_mean(HYPERBOLIC, two, weights=torch.tensor([3.0, 1.0]))[None]
+    whole = hyperbolic_distance(two[:1], two[1:])
+    assert_close(hyperbolic_distance(two[:1], mean), whole / 4, rtol=1e-3, atol=0)
+    with pytest.raises(bae.errors.ShapeError, match=r"weights \(4,\)"):
+        geometry.frechet_mean(HYPERBOLIC, z, weights=weights[:2])
+    for wrong in (-weights, 0 * weights, weights * math.nan):
+        with pytest.raises(bae.errors.DataError, match="finite weights of at least 0"):
+            geometry.frechet_mean(HYPERBOLIC, z, weights=wrong)
+    with pytest.raises(bae.errors.NonFiniteError, match="finite start"):
+        geometry.frechet_mean(HYPERBOLIC, z, start=z[0] * math.nan)
+
+
 def test_what_is_refused():
     z = codes(4)
     with pytest.raises(bae.errors.ShapeError, match=r"codes \(N, 2\)"):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import geometry
-from bayesae.geometry.geodesics import _Solver
+from bayesae.geometry.solver import Solver
 from bayesae.geometry.tridiagonal import BlockTridiagonal
 from tests.geometry.surfaces import (
     HYPERBOLIC,
@@ -23,7 +23,6 @@ from tests.geometry.surfaces import (
     codes,
     hyperbolic_distance,
     linear,
-    network,
     sphere,
     sphere_distance,
 )
@@ -83,12 +82,12 @@ def test_a_quadratic_energy_takes_one_step_whose_gain_is_foretold():
     squared, least = (metric.segments(points).sum(1) for points in (bent, straight))
     for wants_all in (False, True):
         none, chosen = torch.zeros_like(squared), torch.full((3,), wants_all)
-        steps, gain, residual = _Solver(metric, 0.0, 1)._steps(bent, squared, none, chosen)
+        steps, gain, residual = Solver(metric, 0.0, 1).steps(bent, squared, none, chosen)[:3]
         assert_close(bent[:, 1:-1] + steps, straight[:, 1:-1], rtol=0, atol=1e-8)
         assert_close(gain, squared - least, rtol=1e-8, atol=0)
         assert_close(residual, gain / squared if wants_all else torch.full_like(squared, math.inf))
     # with a damping of 1 half the way
-    assert_close(_Solver(metric, 0.0, 1)._steps(bent, squared, none + 1, chosen)[0], steps / 2)
+    assert_close(Solver(metric, 0.0, 1).steps(bent, squared, none + 1, chosen)[0], steps / 2)
 
 
 def test_a_linear_decoder_has_straight_geodesics():
@@ -171,20 +170,6 @@ def test_a_straight_line_is_kept_where_what_is_found_is_longer():
     assert geometry.geodesics(hill(1.0), starts, ends, n_segments=16).has_converged.all()
 
 
-def test_curves_that_jump_are_found_out():
-    """A decoder of period 1: one segment may span it, and its chord is short. No curve is."""
-
-    def decoder(z):
-        angle = 2 * math.pi * z
-        return torch.cat([angle.cos(), angle.sin()], 1)[None]
-
-    starts, ends = torch.zeros(1, 1).double(), torch.full((1, 1), 0.95).double()
-    jump = torch.tensor([0.0, -0.01, 0.96, 0.95]).double()[None, :, None]
-    with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
-        found = geometry.geodesics(geometry.Pullback(decoder), starts, ends, initial=jump, n_segments=3)
-    assert found.length < 1 < found.straight_length and found.coarseness > 0.1 and found.residual <= 1e-6
-
-
 def test_equal_energy_from_every_start():
     starts, ends = codes(4), codes(4, seed=1)
     bent = geometry.straight_lines(starts, ends, 6)
@@ -208,17 +193,6 @@ def test_independent_draws_keep_away_from_disagreement():
     through = geometry.geodesics(geometry.Pullback(decoder), starts, ends, n_segments=16)
     assert around.points[0, :, 1].max() > 0.4 > through.points[0, :, 1].max()
     assert around.has_converged.all() and (around.length <= around.straight_length).all()
-
-
-@pytest.mark.filterwarnings("ignore:.*geodesics have not converged")
-@pytest.mark.parametrize("seed", range(3))
-def test_never_longer_than_the_straight_line(seed):
-    decoder = network(n_outputs=4, seed=seed)
-    starts, ends = codes(8, low=(-3, -3), high=(3, 3)), codes(8, seed=1, low=(-3, -3), high=(3, 3))
-    for energy in (geometry.Pullback(decoder), geometry.IndependentDraws(decoder)):
-        found = geometry.geodesics(energy, starts, ends, n_segments=16)
-        assert (found.length <= found.straight_length).all()
-        assert (found.energy >= found.length**2 * (1 - 1e-9)).all()
 
 
 def test_float32_and_few_pairs_alone_give_the_same():
@@ -246,7 +220,7 @@ def test_residuals_are_those_of_the_points():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             found = geometry.geodesics(SPHERE, starts, ends, n_segments=8, max_iterations=max_iterations)
-        assert_close(found.residual, _Solver(SPHERE, 0.0, 1).residual(found.points))
+        assert_close(found.residual, Solver(SPHERE, 0.0, 1).residual(found.points)[0])
         squared = SPHERE.segments(found.points)
         assert_close(found.energy, 8 * squared.sum(1))
         assert_close(found.length, squared.sqrt().sum(1))
@@ -259,7 +233,7 @@ def test_a_residual_is_the_share_that_a_newton_step_gains():
     nearby = least.points.clone()
     nearby[:, 1:-1] += 1e-3 * (codes(28, seed=2) - 1.5).reshape(4, 7, 2)
     share = 1 - least.energy / geometry.chord_energy(SPHERE, nearby)
-    assert_close(_Solver(SPHERE, 0.0, 1).residual(nearby), share, rtol=2e-2, atol=0)
+    assert_close(Solver(SPHERE, 0.0, 1).residual(nearby)[0], share, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("n_latents", [1, 3])
@@ -276,7 +250,8 @@ def test_straight_lines_at_another_speed(metric):
     starts, ends = boxed(4, 1), boxed(4, 1, seed=1)
     found = geometry.geodesics(metric, starts, ends, tolerance=1e-9)
     assert found.has_converged.all() and not found.is_straight.any()
-    assert (found.length <= found.straight_length).all() and (found.energy < found.length**2 * (1 + 1e-3)).all()
+    assert (found.length <= found.straight_length * (1 + 1e-3)).all()  # measured with as few chords
+    assert (found.energy < found.length**2 * (1 + 1e-3)).all()
     steps = metric.segments(found.points).sqrt()
     assert (steps.amax(1) < 1.001 * steps.amin(1)).all()  # an energy to 1e-9 has steps to its root
     assert_close(found.length, found.straight_length, rtol=2e-3, atol=0)
@@ -332,25 +307,16 @@ def test_bad_pairs():
         geometry.geodesics(SPHERE, z, z.flip(0) + 1, n_segments=1)
 
 
-@pytest.mark.parametrize(("decoder", "message"), [
-    (lambda z: torch.ones(1, len(z), 3).to(z), "do not change at all"),
-    (lambda z: sphere(z.detach()), "change but have derivative 0"),
-    (lambda z: sphere(torch.round(4 * z)), "change but have derivative 0"),
-], ids=["constant", "detached", "steps"])  # fmt: skip
-def test_decoders_without_a_derivative(decoder, message):
-    with pytest.raises(bae.errors.UnsupportedError, match=message):
-        geometry.geodesics(geometry.Pullback(decoder), codes(2), codes(2, seed=1))
+def test_what_is_no_metric():
+    with pytest.raises(
+        bae.errors.UnsupportedError, match="a metric of bayesae.geometry; got a function. Put a decoder"
+    ):
+        geometry.geodesics(sphere, codes(2), codes(2, seed=1))
 
 
 def test_decoders_that_are_not_finite():
     with pytest.raises(bae.errors.NonFiniteError, match="finite squared lengths of segments of straight lines"):
         geometry.geodesics(geometry.Pullback(lambda z: sphere(z).log()), codes(2), codes(2, seed=1) + 2)
-
-
-def test_metrics_that_are_not_positive():
-    saddle = geometry.MetricFunction(lambda z: torch.diag(torch.tensor([1.0, -1.0])).to(z).expand(len(z), 2, 2))
-    with pytest.raises(bae.errors.DataError, match="a positive definite metric"):
-        geometry.geodesics(saddle, codes(4), codes(4, seed=1))
 
 
 def test_a_solver_that_does_not_converge_says_so():
@@ -360,20 +326,6 @@ def test_a_solver_that_does_not_converge_says_so():
     # one with 8 segments, one with 32, and one with 16 where the first left something to gain
     assert (found.n_iterations >= 2).all() and (found.n_iterations <= 3).all()
     assert (found.length <= found.straight_length).all()
-
-
-def test_points_that_jump_between_codes_that_decode_alike_have_not_converged():
-    """Two chords around a circle of radius 0.3, each a whole turn: stationary, and no curve."""
-
-    def helix(z):
-        angle = 2 * math.pi * z[:, :1]
-        return torch.cat([0.3 * angle.cos(), 0.3 * angle.sin(), z[:, 1:]], 1)[None]
-
-    starts, ends = torch.zeros(1, 2).double(), torch.tensor([[2.0, 1.0]]).double()
-    with pytest.warns(RuntimeWarning, match="1 of 1 geodesics have not converged"):
-        found = geometry.geodesics(geometry.Pullback(helix), starts, ends, n_segments=2)
-    assert found.residual.max() < 1e-6 and not found.has_converged.any()
-    assert_close(found.coarseness, torch.tensor([4 * math.hypot(0.6, 0.25) - 1]).double())
 
 
 def test_of_independent_draws_a_curve_of_less_energy_that_is_longer_is_not_kept():

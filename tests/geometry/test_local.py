@@ -105,5 +105,11 @@ def test_what_is_refused():
     for function in (geometry.gaussian_curvature, geometry.volume_element, geometry.christoffel):
         with pytest.raises(bae.errors.NonFiniteError, match="1 of 1 that are singular"):
             function(geometry.MetricFunction(lambda c: SPHERE(c) * torch.ones(2, 2).to(c)), singular)
+    skew = geometry.MetricFunction(lambda c: torch.tensor([[1.0, 5.0], [0.0, 1.0]]).to(c).expand(len(c), 2, 2))
+    for function in (geometry.gaussian_curvature, geometry.volume_element, geometry.christoffel):
+        with pytest.raises(bae.errors.DataError, match="a symmetric metric; got 3 of 3 that are not"):
+            function(skew, z)
+        with pytest.raises(bae.errors.UnsupportedError, match="a metric; got IndependentDraws"):
+            function(geometry.IndependentDraws(SPHERE.decoder), z)
     with pytest.raises(bae.errors.NonFiniteError, match="positive definite metrics"):
         geometry.log_volume_element(geometry.Pullback(lambda c: SPHERE.decoder(c) * math.nan), z)

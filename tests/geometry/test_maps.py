@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import bayesae as bae
 from bayesae import geometry
+from bayesae.geometry import maps
 from tests.geometry.surfaces import (
     HYPERBOLIC,
     SPHERE,
@@ -162,6 +163,43 @@ def test_no_graph_is_kept():
     moved = geometry.parallel_transport(metric, curve, v)
     for found in (end, velocity, moved, geometry.logarithm(metric, z, z + v)):
         assert not found.requires_grad
+
+
+def test_shooting_ends():
+    """Curves that jump have no slope to shoot from; shots that need many steps, or miss four times, are given up."""
+    starts, ends = torch.tensor([[0.0, 0.0]]).double(), torch.tensor([[2.0, 1.0]]).double()
+
+    def helix(z):
+        angle = 2 * math.pi * z[:, :1]
+        return torch.cat([0.3 * angle.cos(), 0.3 * angle.sin(), z[:, 1:]], 1)[None]
+
+    with pytest.raises(bae.errors.UnsupportedError, match="a slope to shoot from; got 1 of 1 whose segments jump"):
+        geometry.logarithm(geometry.Pullback(helix), starts, ends, n_segments=2)
+    z, v = codes(2), codes(2, seed=1)
+    with pytest.raises(bae.errors.UnsupportedError, match="shooting that hits the ends; got .* after 3 steps"):
+        geometry.logarithm(HYPERBOLIC, z, v, max_steps=3)
+    calls, true = [], maps.exponential
+
+    def astray(*args, **named):
+        calls.append(1)
+        end, velocity = true(*args, **named)
+        return end + len(calls), velocity
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maps, "exponential", astray)
+        with pytest.raises(bae.errors.UnsupportedError, match="2 of 2 ends missed by up to"):
+            geometry.logarithm(geometry.Euclidean(), z, v)
+    assert len(calls) <= 20
+
+
+def test_a_logarithm_takes_the_solver_s_options():
+    z, v = codes(2), codes(2, seed=1)
+    with pytest.warns(RuntimeWarning, match="geodesics have not converged") as caught:
+        found = geometry.logarithm(HYPERBOLIC, z, v, n_segments=4, max_iterations=1)
+    assert [one.filename for one in caught] == [__file__]
+    assert_close(found, geometry.logarithm(HYPERBOLIC, z, v, n_segments=16), rtol=1e-4, atol=0)
+    graph = geometry.neighbour_graph(HYPERBOLIC, codes(20, seed=2))
+    assert_close(found, geometry.logarithm(HYPERBOLIC, z, v, graph=graph), rtol=1e-4, atol=0)
 
 
 def test_what_is_refused():

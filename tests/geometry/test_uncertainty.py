@@ -20,9 +20,9 @@ def test_linear_decoders_have_their_own_lengths(curves):
     assert_close(found.lengths, expected, rtol=1e-6, atol=0)
     assert_close(found.mean(), expected.mean(0))
     assert_close(found.variation(), expected.std(0) / expected.mean(0))
-    low, high = found.interval(0.5)
-    assert_close(low, expected.quantile(0.25, dim=0))
-    assert_close(high, expected.quantile(0.75, dim=0))
+    low, high = found.interval(0.5)  # of three draws the first and the last: a fourth is between them half the time
+    assert_close(low, expected.amin(0))
+    assert_close(high, expected.amax(0))
 
 
 def test_own_geodesics_are_those_of_every_decoder_alone():
@@ -38,7 +38,7 @@ def test_own_geodesics_are_those_of_every_decoder_alone():
 def test_a_band_of_linear_decoders_has_no_width():
     starts, ends = codes(3), codes(3, seed=1)
     band = geometry.geodesic_band(linear()[1], starts, ends, n_segments=8)
-    low, high = band.interval()
+    low, high = band.interval(0.5)
     assert_close(low, high, rtol=0, atol=1e-8)
     assert_close(low, band.expected.points, rtol=0, atol=1e-8)
 
@@ -46,10 +46,54 @@ def test_a_band_of_linear_decoders_has_no_width():
 def test_a_band_holds_the_draws():
     starts, ends = codes(1), codes(1, seed=1)
     band = geometry.geodesic_band(network(n_draws=4), starts, ends, n_segments=8)
-    low, high = band.interval(0.99)
+    low, high = band.interval(0.5)
     assert band.points.shape == (4, 1, 9, 2) and band.distances.lengths.shape == (4, 1)
     assert (low[0, 1:-1] < high[0, 1:-1]).all() and torch.equal(low[0, 0], starts[0])
-    assert_close(low, band.points.quantile(0.005, dim=0))
+    # places 1.25 and 3.75 of four
+    ordered = band.points.sort(0).values
+    assert_close(low, 0.75 * ordered[0] + 0.25 * ordered[1])
+    assert_close(high, 0.75 * ordered[3] + 0.25 * ordered[2])
+
+
+@pytest.mark.parametrize(("n_draws", "level"), [(19, 0.9), (16, 0.8), (9, 0.8), (3, 0.5)])
+def test_intervals_cover_a_further_draw_as_often_as_they_say(n_draws, level):
+    """Of exchangeable draws; 16 have places 1.7 and 15.3, and of uniform ones what lies between two is exact too."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.rand(n_draws, 40_000, generator=generator, dtype=torch.float64)
+    further = torch.rand(40_000, generator=generator, dtype=torch.float64)
+    low, high = geometry.DistanceDraws(lengths, torch.ones_like(lengths).bool()).interval(level)
+    share = float(((low <= further) & (further <= high)).double().mean())
+    assert abs(share - level) < 4 * (level * (1 - level) / 40_000) ** 0.5
+    assert_close((high - low).mean(), torch.tensor(level).double(), rtol=1e-2, atol=0)
+
+
+def test_few_draws_have_no_wide_interval():
+    for n_draws, fix in ((1, "more draws."), (5, "at most 0.666."), (16, "at most 0.882."), (18, "at most 0.894.")):
+        found = geometry.DistanceDraws(torch.rand(n_draws, 2).double(), torch.ones(n_draws, 2).bool())
+        with pytest.raises(bae.errors.DataError, match=f"19 weight draws or more .* of 0.9; got {n_draws}.*{fix}"):
+            found.interval(0.9)
+        if n_draws > 1:
+            found.interval(float(fix[8:-1]))
+
+
+@pytest.mark.parametrize("name", ["own", "expected", "band"])
+def test_options_of_the_solver_and_warnings_of_the_caller(name):
+    decoder, starts, ends = network(n_draws=2), codes(2), codes(2, seed=1)
+    graph = geometry.neighbour_graph(geometry.Pullback(decoder), codes(20, seed=2))
+
+    def ask(**options):
+        if name == "band":
+            return geometry.geodesic_band(decoder, starts, ends, n_segments=8, **options).distances
+        return geometry.distance_draws(decoder, starts, ends, curves=name, n_segments=8, **options)
+
+    with pytest.warns(RuntimeWarning, match="have not converged.*more iterations") as caught:
+        hasty = ask(max_iterations=1, tolerance=1e-14)
+    assert {one.filename for one in caught} == {__file__}
+    assert not hasty.has_converged.any()
+    assert_close(ask(graph=graph).lengths, ask().lengths, rtol=1e-3, atol=0)
+    apart = geometry.CodeGraph(graph.nodes[:2], torch.zeros(0, 2).long(), torch.zeros(0).double())
+    with pytest.raises(bae.errors.DataError, match="a path between every pair"):
+        geometry.distance_draws(decoder, graph.nodes[:1], graph.nodes[1:2], curves="own", graph=apart)
 
 
 def test_a_solver_that_does_not_converge_says_so():
