@@ -275,7 +275,7 @@ def run(config: Config, flags: report.Flags, records: report.Records) -> None:
                         values[f"NLL, {kind}"] = float(
                             metrics.gaussian_nll(law.mean, law.total, target).double().mean()
                         )
-                        for level in LEVELS:
+                        for level in LEVELS if kind in ("none", "isotonic") else (0.9,):
                             inside = share(is_inside(fits[kind], moved, target, level))
                             values[f"coverage {100 * level:g}, {kind}"] = inside
                     add(f"{shift} {strength}", name, values)
