@@ -106,3 +106,21 @@ def test_a_record_with_uneven_networks_pools_as_many_draws_of_each():
     assert_close(pooled.estimate, even.mean((0, 1)))
     with pytest.raises(bae.errors.DataError, match="n_nests that divides the 11 completions"):
         pool(found.draws.mean(1), found.draws.var(1), n_nests=3)
+
+
+@pytest.mark.parametrize("of_method", [1, 30])
+def test_chunks_leave_room_for_the_draws_and_for_the_methods_own_calls(of_method):
+    """60 network rows: of 10 draws for six rows at a time, of a method that takes 30 a row for two."""
+    seen = []
+
+    class Seen(CodeLaplace):
+        def n_parallel(self, n_codes, n_weight_draws):
+            return of_method
+
+        def __call__(self, problem, n_codes):
+            seen.append(len(problem.rows.x))
+            return super().__call__(problem, n_codes)
+
+    options = {"n_draws": 9, "seed": 0, "chunk_size": 60}  # 2 of 5 are 10 codes
+    bae.impute(particles(2), world().x[:12], mask_of(12), method=Seen(1), **options)
+    assert set(seen) == {6 if of_method == 1 else 2}
