@@ -36,7 +36,7 @@ def test_shares_differ_by_one_and_the_smaller_ones_are_spread(n_draws, n_weights
     ("n_draws", "n_atoms", "expected"),
     [(50, 1, (1, 50)), (50, 5, (5, 10)), (50, 3, (3, 17)), (5, 3, (3, 2)), (4, 3, (3, 2)), (3, 3, (3, 1)),
      (2, 3, (2, 2)), (50, 200, (50, 2)), (50, None, (10, 5)), (99, None, (11, 9)), (20, None, (4, 5)),
-     (49, None, (7, 7)), (39, None, (8, 5)), (19, None, (4, 5)), (11, None, (3, 4)), (10, None, (2, 5)),
+     (22, None, (2, 11)), (49, None, (7, 7)), (39, None, (8, 5)), (19, None, (4, 5)), (11, None, (3, 4)), (10, None, (2, 5)),
      (9, None, (9, 2)), (1, None, (1, 2))],
 )  # fmt: skip
 def test_weight_draws_and_codes(n_draws, n_atoms, expected):
@@ -106,6 +106,21 @@ def test_a_record_with_uneven_networks_pools_as_many_draws_of_each():
     assert_close(pooled.estimate, even.mean((0, 1)))
     with pytest.raises(bae.errors.DataError, match="n_nests that divides the 11 completions"):
         pool(found.draws.mean(1), found.draws.var(1), n_nests=3)
+
+
+def test_a_warning_counts_all_codes():
+    """One code of the proposal for every network: three that count, of 51."""
+    method = ImportanceResampling(1, bae.codes.Laplace(1))
+    with pytest.warns(RuntimeWarning, match="4 in all, 4 have an effective sample size below 10% of their 51 codes"):
+        bae.impute(particles(3), world().x[:4], mask_of(4), method=method, n_draws=50, seed=0)
+
+
+def test_codes_of_rows_without_an_observed_entry_have_the_priors_variance():
+    made, nothing = world(), torch.zeros(100, 5).bool()
+    with pytest.warns(RuntimeWarning, match="100 of 100 rows have no observed entry"):
+        found = bae.impute(particles(1), torch.zeros(100, 5), nothing, method=CodeLaplace(1), n_draws=200, seed=0)
+    expected = made.weight.square().sum(1)
+    assert_close(found.moments.code.mean(0) * 200 / 199, expected, rtol=4 * (2 / 20_000) ** 0.5, atol=0)
 
 
 @pytest.mark.parametrize("of_method", [1, 30])

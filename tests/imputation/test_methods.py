@@ -116,8 +116,10 @@ def test_importance_resampling_takes_codes_as_often_as_they_weigh():
 def test_weight_draws_have_codes_of_their_own(method):
     """Two networks alike, a code of each: their means differ by the codes alone."""
     predictive = predictive_of(world().model("location"), None, shifts=(0.0, 0.0))
-    found = bae.impute(predictive, world().x, mask_of(40), method=method, n_draws=2, seed=0)
-    assert bool((found.moments.weights[:, MISSING] > 1e-6).all())
+    for size in (None, 1):  # and in blocks of one network each
+        options = {"method": method, "n_draws": 2, "seed": 0, "chunk_size": size}
+        found = bae.impute(predictive, world().x[:6], mask_of(6), **options)
+        assert bool((found.moments.weights[:, MISSING] > 1e-6).all())
 
 
 @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")
