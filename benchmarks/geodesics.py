@@ -139,7 +139,7 @@ def distances(decoder: Decoder, codes: Tensor, n_codes: int, n_cells: int, n_che
         "n_checked": len(every),
         "n_converged": len(errors),
         "error_with_uncertified": float(every.max()),
-        "reached": seconds < SECONDS_TARGET and float(errors.max()) < ERROR_TARGET,
+        "reached": seconds < SECONDS_TARGET and float(every.max()) < ERROR_TARGET,
     }
 
 
