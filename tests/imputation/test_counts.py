@@ -36,8 +36,8 @@ def test_shares_differ_by_one_and_the_smaller_ones_are_spread(n_draws, n_weights
     ("n_draws", "n_atoms", "expected"),
     [(50, 1, (1, 50)), (50, 5, (5, 10)), (50, 3, (3, 17)), (5, 3, (3, 2)), (4, 3, (3, 2)), (3, 3, (3, 1)),
      (2, 3, (2, 2)), (50, 200, (50, 2)), (50, None, (10, 5)), (99, None, (11, 9)), (20, None, (4, 5)),
-     (22, None, (2, 11)), (49, None, (7, 7)), (39, None, (8, 5)), (19, None, (4, 5)), (11, None, (3, 4)), (10, None, (2, 5)),
-     (9, None, (9, 2)), (1, None, (1, 2))],
+     (22, None, (2, 11)), (49, None, (7, 7)), (39, None, (8, 5)), (19, None, (4, 5)), (11, None, (3, 4)),
+     (10, None, (2, 5)), (9, None, (9, 2)), (1, None, (1, 2))],
 )  # fmt: skip
 def test_weight_draws_and_codes(n_draws, n_atoms, expected):
     predictive = continuous() if n_atoms is None else particles(n_atoms)

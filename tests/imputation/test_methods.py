@@ -131,6 +131,8 @@ def test_draws_around_a_mode_count_in_full_where_the_posterior_is_normal_only():
     bent = bae.Autoencoder(bae.nets.mlp(5, [8], 2), bae.nets.mlp(2, [8], 5), bae.likelihoods.Gaussian(0.1)).double()
     curved = bae.impute(predictive_free(bent.eval()), made.x, mask, method=CodeLaplace(8), n_draws=20, seed=0)
     assert float(curved.ess.median()) < 19 and float(curved.ess.max()) <= 20
+    hasty = bae.impute(predictive_free(bent), made.x, mask, method=CodeLaplace(1), n_draws=20, seed=0)
+    assert float(hasty.ess.mean()) < float(curved.ess.mean())  # one step does not come to the mode
 
 
 @pytest.mark.filterwarnings("ignore:of the rows imputed:RuntimeWarning")

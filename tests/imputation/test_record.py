@@ -157,6 +157,11 @@ class TestParts:
         assert not bool(code.any())
         assert_close(between, means[0].var(0, correction=0))
 
+    def test_of_the_weights_is_never_below_0_and_the_sum_stays(self):
+        means = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])  # two codes under two networks whose means agree
+        _, code, weights = split_variance(means)
+        assert float(weights) == 0 and float(code) == 1
+
     def test_the_standard_error_is_that_of_the_mean(self):
         made = world()
         draws, x = found(40, n_rows=1500)
