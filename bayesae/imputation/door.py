@@ -104,7 +104,8 @@ def impute(
 
     Example:
         >>> import torch, bayesae as bae
-        >>> world = bae.testing.LinearGaussian.make(n_data=4)
+        >>> from bayesae.testing import LinearGaussian
+        >>> world = LinearGaussian.make(n_data=4)
         >>> model = world.model("full")
         >>> weights = bae.fit_weights(bae.weights.MAP(), model, world.x, progress=False)
         >>> x = world.x.clone()
