@@ -133,7 +133,7 @@ def scores(found: bae.Imputations, images: Tensor, is_alive: Tensor) -> dict[str
     alive = missing & is_alive
     result = {"RMSE": float((found.mean - images)[missing].square().mean().sqrt())}
     result |= coverage(found.interval, images, alive)
-    result["log-likelihood"] = float(found.moments.log_prob(images)[alive].double().mean())
+    result["log-likelihood"] = float(found.log_prob(images)[alive].double().mean())
     parts = found.moments
     for name in ("noise", "code", "weights"):
         result[f"share of {name}"] = float(getattr(parts, name)[alive].sum() / parts.total[alive].sum())
