@@ -200,7 +200,8 @@ def binary(config: Config, world: World, seed: int, methods: Sequence[str]) -> I
     Yields:
         Posterior, metric, value.
     """
-    rows = World(*((part > 0.5).to(part) for part in world[:3]), world.is_alive)
+    train, held, test = ((part > 0.5).to(part) for part in world[:3])
+    rows = World(train, held, test, world.is_alive)
     model = network(config, rows, seed, bae.likelihoods.Bernoulli())
     for name in methods:
         posterior = bae.fit_weights(
