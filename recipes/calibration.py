@@ -313,7 +313,7 @@ def draw(records: report.Records, data: Sequence[str], path: Path) -> None:
                 inside = [records.mean(metric=f"coverage {100 * level:g}, isotonic", **where) for level in LEVELS]
                 curves[method] = torch.tensor(LEVELS), torch.tensor(inside)
             bae.plots.coverage(axes, curves)
-            axes.set_title(f"{name}: isotonic, under the strongest {shift}")
+            axes.set_title(f"{name}: isotonic, strongest {shift}")
         for axes, shift in zip(bottom, SHIFTS, strict=True):
             draw_shift(axes, records, name, methods, shift)
     path.parent.mkdir(parents=True, exist_ok=True)
