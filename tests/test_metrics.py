@@ -281,3 +281,14 @@ def test_pixels_that_cannot_be_compared():
         metrics.per_region_overlap(scores, masks, max_fpr=30)
     with pytest.raises(bae.errors.ShapeError, match="need images"):
         metrics.per_region_overlap(scores.flatten(1), masks.flatten(1))
+
+
+def test_auroc_is_that_of_scikit_learn_with_ties_and_without():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.RandomState(0)
+    for n_values in (1, 2, 5, 10**9):
+        for n_familiar, n_strange in ((1, 1), (3, 40), (50, 7)):
+            familiar, strange = (rng.randint(n_values, size=n).astype(float) for n in (n_familiar, n_strange))
+            expected = roc_auc_score(np.r_[np.zeros(n_familiar), np.ones(n_strange)], np.r_[familiar, strange])
+            assert metrics.auroc(familiar, strange) == pytest.approx(expected, abs=1e-15)
