@@ -290,7 +290,7 @@ def run(
     def add(data: str, setting: str, method: str, metric: str, value: float) -> None:
         records.add(data=data, setting=f"{output}, {setting}", method=method, metric=metric, seed=seed, value=value)
 
-    add(familiar, "border zeroed", "images", "share of pixels zeroed", 1 - float(lit.double().mean()))
+    add(familiar, "border zeroed", POINT, "share of pixels zeroed", 1 - float(lit.double().mean()))
     alone = OfOneNetwork(config, model, world, output, seed)
 
     def judge(name: str, predictive: bae.Predictive, more: Callable[[Tensor], Scores] | None = None) -> None:
