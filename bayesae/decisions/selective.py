@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
-from bayesae.ood._checks import as_tensor
 
 __all__ = ["RiskCoverage", "SelectiveThreshold", "risk_coverage", "selective_threshold"]
 

@@ -15,9 +15,9 @@ from bayesae.geometry.graph import CodeGraph
 from bayesae.geometry.maps import exponential, logarithm
 from bayesae.geometry.metrics import Metric, check_metric
 
-_ASYMMETRIC = 1e-5  # share of the largest squared distance by which two ways may differ
-
 __all__ = ["Distances", "Medoids", "distance_matrix", "frechet_mean", "geodesic_neighbours", "k_medoids"]
+
+_ASYMMETRIC = 1e-5  # share of the largest squared distance by which two ways may differ
 
 
 @dataclass(frozen=True)

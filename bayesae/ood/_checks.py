@@ -1,32 +1,16 @@
-"""The one way in for what callers give: arrays as tensors; scores, p-values and rates as the guarantees take them."""
+"""The one way in for scores, p-values and rates as the guarantees take them."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.errors import DataError, NonFiniteError, ShapeError
 
-__all__ = ["as_tensor", "check_rate", "checked_p_values", "checked_scores", "fewest_ranks"]
-
-
-def as_tensor(values: Tensor | np.ndarray) -> Tensor:
-    """What the caller gave as a tensor, whatever kind of array it was.
-
-    Args:
-        values: A tensor, which is given back as it is, or an array: read-only, backwards, of any byte order.
-
-    Returns:
-        A tensor; it shares the caller's memory where torch can.
-    """
-    if isinstance(values, np.ndarray):
-        is_torchs = values.flags.writeable and values.dtype.isnative and all(step >= 0 for step in values.strides)
-        if not is_torchs:  # it warns of read-only memory and refuses the others
-            values = values.astype(values.dtype.newbyteorder("="), order="C")
-    return torch.as_tensor(values)
+__all__ = ["check_rate", "checked_p_values", "checked_scores", "fewest_ranks"]
 
 
 def checked_scores(scores: Tensor | np.ndarray, n_dims: int = 1) -> Tensor:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesae.data import check_choice
+from bayesae.data import as_tensor, check_choice
 from bayesae.errors import DataError, NonFiniteError, ShapeError
-from bayesae.ood._checks import as_tensor, check_rate, checked_scores, fewest_ranks
+from bayesae.ood._checks import check_rate, checked_scores, fewest_ranks
 
 __all__ = ["BatchTypicality", "TypicalityInfo", "TypicalityMonitor", "TypicalityState", "batch_typicality"]
 

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesae import random
-from bayesae.data import check_counts
+from bayesae.data import as_tensor, check_counts
 from bayesae.draws import Draws
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
 from bayesae.functional import at_least_float32, check_finite
 from bayesae.lazy import import_zuko
-from bayesae.ood._checks import as_tensor
 
 __all__ = ["CodeFlow", "Mahalanobis", "code_covariance", "code_variance", "code_volume"]
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.draws import Draws, Moments, fitted_mask, fitted_rows
 from bayesae.errors import ShapeError, UnsupportedError
 from bayesae.functional import at_least_float32
 from bayesae.likelihoods import Gaussian
-from bayesae.ood._checks import as_tensor
 
 __all__ = ["Contributions", "contribution_draws", "contribution_moments", "contributions"]
 

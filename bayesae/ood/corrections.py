@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.draws import Draws, fitted_mask, mean_over_weights
 from bayesae.errors import DataError, ShapeError
 from bayesae.functional import check_finite
-from bayesae.ood._checks import as_tensor
 from bayesae.ood.densities import negative_log_predictive
 from bayesae.types import Likelihood
 

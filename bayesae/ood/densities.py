@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.draws import Draws, logmeanexp_over_weights, mean_over_weights
 from bayesae.errors import DataError, NonFiniteError, ShapeError, UnsupportedError
-from bayesae.ood._checks import as_tensor
 from bayesae.ood.codes import code_variance, volume
 from bayesae.ood.information import information_gain
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.draws import Draws, Moments, fitted_mask
 from bayesae.errors import NonFiniteError, ShapeError, UnsupportedError
 from bayesae.functional import check_finite
-from bayesae.ood._checks import as_tensor
 from bayesae.ood.contributions import observed_only
 from bayesae.types import BlockHessian, LowRankHessian, OutputHessian
 

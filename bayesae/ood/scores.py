@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from bayesae.data import as_tensor
 from bayesae.draws import Moments, fitted_rows
 from bayesae.errors import UnsupportedError
-from bayesae.ood._checks import as_tensor
 from bayesae.ood.contributions import contributions, observed_only
 
 __all__ = [
