@@ -201,6 +201,7 @@ def table(
     methods: Sequence[str] | None = None,
     settings: Sequence[str] | None = None,
     data: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     columns: Literal["metric", "method"] = "metric",
 ) -> str:
     """A Markdown table with mean and spread over seeds.
@@ -211,6 +212,7 @@ def table(
         methods: Which methods, likewise.
         settings: Which settings; all if None.
         data: Which data sets; all if None.
+        seeds: Which seeds; all if None.
         columns: What goes across; the rest of (data, setting, method, metric) goes down, less what never varies.
 
     Returns:
@@ -219,7 +221,7 @@ def table(
     Raises:
         DataError: If no record has such a metric or method.
     """
-    wanted = {"metric": metrics, "method": methods, "setting": settings, "data": data}
+    wanted = {"metric": metrics, "method": methods, "setting": settings, "data": data, "seed": seeds}
     known = {field: {getattr(row, field) for row in records.rows} for field in wanted}
     missing = [name for field, names in wanted.items() for name in names or () if name not in known[field]]
     if missing:

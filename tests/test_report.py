@@ -36,6 +36,7 @@ def test_table_pivots_and_filters(records):
     assert report.table(records, metrics=["error"], data=["d"], columns="method") == "\n".join(lines)
     with pytest.raises(bae.errors.DataError, match="'nowhere'"):
         report.table(records, data=["nowhere"])
+    assert "1.000" in report.table(records, metrics=["error"], data=["d"], seeds=[0], columns="method")
 
 
 def test_save_and_load_are_inverse(records, tmp_path):
